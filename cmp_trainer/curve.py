@@ -1,0 +1,100 @@
+"""`cmp-trainer curve`: ablation curves of saved models on a file of labelled examples, side by side.
+
+    cmp-trainer curve runs/baseline runs/comparative --data validation.jsonl --output cola
+
+prints a table of metric, loss and violations at 0 … K drops (and 0 … all crops, where rows carry `crop_segments`) and
+writes cola.csv (every seed), cola.json and cola.png. What is measured is in analysis.py; how rows become batches and
+what the metrics are, in curve_data.py.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from cmp_trainer.analysis import ablation_curve, as_text, plot_curves
+from cmp_trainer.cropping import SEGMENTS
+from cmp_trainer.curve_data import TaskData, prepare, task_of
+from cmp_trainer.scripting import load_file, plain_errors
+from cmp_trainer.trainer import CmpTrainer
+from cmp_trainer.training_args import CmpTrainingArguments
+
+
+@plain_errors()
+def run_curve(options: argparse.Namespace) -> None:
+    """Measure every model, print the table, write the files.
+
+    Raises:
+        SystemExit: with one line that says what is wrong with models, data or options.
+    """
+    names = _names(options.models, options.names)
+    transformers_logging.set_verbosity_error()
+    curves = [_measure(model, name, options) for model, name in zip(options.models, names, strict=True)]
+    curve = pd.concat(curves, ignore_index=True)
+    print(as_text(curve))
+    if options.output is not None:
+        _write(curve, options)
+
+
+def _measure(path: str, name: str, options: argparse.Namespace) -> pd.DataFrame:
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path!r} holds no saved model and tokenizer: {str(error).splitlines()[0]}") from error
+    rows = load_file(Path(options.data), "data")
+    rows = rows.select(range(min(len(rows), options.max_samples or len(rows))))
+    task = options.task or task_of(config, rows)
+    data = prepare(task, rows, tokenizer, config, options.columns, options.max_length)
+    model = getattr(transformers, _architecture(config, path)).from_pretrained(path)
+    trainer = CmpTrainer(
+        model=model,
+        args=_arguments(options, data),
+        eval_dataset=data.dataset,
+        data_collator=data.collator,
+        compute_metrics=data.compute_metrics,
+        processing_class=tokenizer,
+    )
+    return ablation_curve(trainer, drops=options.drops, seeds=range(options.seeds), model_name=name)
+
+
+def _arguments(options: argparse.Namespace, data: TaskData) -> CmpTrainingArguments:
+    crops = 1 if SEGMENTS in data.dataset.column_names else 0  # that there are any makes the trainer keep the column
+    return CmpTrainingArguments(
+        output_dir="ablation_curve",  # nothing is written there
+        cmp_num_ablations=max(1, options.drops) + crops,
+        cmp_num_crops=crops,
+        cmp_dropout=options.dropout,
+        per_device_eval_batch_size=options.batch_size,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+    )
+
+
+def _write(curve: pd.DataFrame, options: argparse.Namespace) -> None:
+    output: Path = options.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files = [output.with_name(output.name + suffix) for suffix in (".csv", ".json", ".png")]
+    curve.to_csv(files[0], index=False)
+    curve.to_json(files[1], orient="records", indent=1, double_precision=15)
+    plot_curves(curve, options.metric).savefig(files[2])
+    print(f"written: {', '.join(str(file) for file in files)}")
+
+
+def _names(models: Sequence[str], given: Sequence[str] | None) -> Sequence[str]:
+    if given is not None and len(given) != len(models):
+        raise ValueError(f"--names {' '.join(given)}: {len(given)} names for {len(models)} models; give one for each")
+    names = given or [Path(model).name for model in models]
+    return names if len(set(names)) == len(names) else models
+
+
+def _architecture(config: Any, path: str) -> str:
+    names = getattr(config, "architectures", None) or ["none"]
+    if not hasattr(transformers, names[0]):
+        raise ValueError(f"{path!r} is of the architecture {names[0]!r}, which transformers does not have")
+    return names[0]

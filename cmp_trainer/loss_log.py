@@ -1,0 +1,69 @@
+"""What the logs say of the variants: the mean task loss of each and how often they are in the wrong order.
+
+Sums stay on the device until the Trainer logs, so that a step never waits for them. A NaN or infinite task loss is
+left out of the means and counted (a mean of nothing else is NaN); when the log is read, a warning names the variants,
+and those it began with: a step later, every loss of the model may be NaN.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cmp_trainer.comparative_losses import violation_rate
+from cmp_trainer.variants import variant_names
+
+logger = logging.getLogger(__name__)
+
+
+class LossLog:
+    """Running means over the examples seen since the last `pop`."""
+
+    def __init__(self) -> None:
+        # (4, parts, 1 + c + 1): weighted sums, weights, counts of the non-finite, and those of the first such batch
+        self._sums: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return self._sums is not None
+
+    def add(self, values: Tensor, weights: Tensor) -> None:
+        """Count a batch in: task losses `(batch, parts, 1 + c)` and their weights `(batch, parts)`."""
+        values, weights = values.detach().float(), weights.detach().float().unsqueeze(-1)
+        columns = torch.cat([values, violation_rate(values).unsqueeze(-1)], dim=-1)  # (batch, parts, 1 + c + 1)
+        finite = columns.isfinite()
+        counted = weights * finite  # (batch, parts, 1 + c + 1)
+        bad = ((~finite) & (weights > 0)).float().sum(0)
+        sums = torch.stack([(columns.nan_to_num(0, 0, 0) * counted).sum(0), counted.sum(0), bad, bad])
+        if self._sums is not None:
+            first = torch.where(self._sums[3].any(), self._sums[3], bad)
+            sums = torch.cat([self._sums[:3] + sums[:3], first.unsqueeze(0)])
+        self._sums = sums
+
+    def pop(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums, prefix: str = "") -> dict[str, float]:
+        """The means since the last time, by name; empty when nothing was added.
+
+        Args:
+            reduce: sums a tensor over the processes.
+            prefix: what the names begin with.
+        """
+        if self._sums is None:
+            return {}
+        totals, weights, not_finite, first = reduce(self._sums).cpu()
+        self._sums = None
+        means = totals / weights.clamp(min=1e-12)
+        means = means.masked_fill((weights == 0) & (not_finite > 0), torch.nan).mean(0).tolist()
+        names = variant_names(len(means) - 2)
+        if not_finite.any():
+            _warn(names, not_finite.sum(0).tolist(), first.sum(0).tolist())
+        labels = [*(f"{prefix}loss_{name}" for name in names), f"{prefix}violation_rate"]
+        return dict(zip(labels, means, strict=True))
+
+
+def _warn(names: list[str], counts: list[float], first_counts: list[float]) -> None:
+    logger.warning(
+        "task losses were NaN or infinite since the last log: %s; first in %s. They are left out of the means. A "
+        "smaller learning rate or --max_grad_norm is the usual way out.",
+        ", ".join(f"{count:.0f} of {name}" for name, count in zip(names, counts, strict=False) if count),
+        ", ".join(name for name, count in zip(names, first_counts, strict=False) if count),
+    )

@@ -1,0 +1,292 @@
+"""The model card: what someone who finds the model on the Hub wants to know.
+
+How to use it, what it reaches, how it was trained (the settings of comparative loss first), what it loses under
+ablation where that was measured (`trainer.evaluate_ablations`), and whom to cite. Sections that have nothing to say
+are left out. Metadata follows the Hub's model-index, so that results show beside the model.
+
+The text is in model_card_template.md; here is what fills it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary
+from transformers.pipelines import SUPPORTED_TASKS
+
+from cmp_trainer.analysis import measures, plot_curves, summarize
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TAGS = ["cmp-trainer", "comparative-loss"]
+CURVE_IMAGE = "ablation_curve.png"
+CITATIONS = """\
+@article{zhu2024comparative,
+  title = {Cross-Model Comparative Loss for Enhancing Neuronal Utility in Language Understanding},
+  author = {Zhu, Yunchang and Pang, Liang and Wu, Kangxi and Lan, Yanyan and Shen, Huawei and Cheng, Xueqi},
+  journal = {ACM Transactions on Information Systems},
+  volume = {42},
+  number = {5},
+  year = {2024},
+  doi = {10.1145/3652599}
+}
+
+@inproceedings{zhu2022lol,
+  title = {{LoL}: A Comparative Regularization Loss over Query Reformulation Losses for Pseudo-Relevance Feedback},
+  author = {Zhu, Yunchang and Pang, Liang and Lan, Yanyan and Shen, Huawei and Cheng, Xueqi},
+  booktitle = {Proceedings of the 45th International ACM SIGIR Conference},
+  year = {2022},
+  doi = {10.1145/3477495.3532017}
+}"""
+
+_ALWAYS_SHOWN = ("cmp_num_ablations", "cmp_objective", "cmp_baseline")
+_NOT_MEASURES = ("runtime", "samples_per_second", "steps_per_second", "samples", "model_preparation_time")
+
+
+def write_model_card(trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """Write README.md, and the picture of the ablation curve where one was measured, into the output folder.
+
+    Args:
+        trainer: a CmpTrainer.
+        *args, **kwargs: those of `Trainer.create_model_card`: language, license, tags, model_name, finetuned_from,
+            tasks, dataset_tags, dataset, dataset_args.
+    """
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if trainer.ablations is not None and find_spec("matplotlib") is not None:
+        regression = trainer._bare_model.config.problem_type == "regression"
+        unit = None if regression or trainer.per_example_loss_func is not None else "nats"
+        plot_curves(trainer.ablations, loss_unit=unit).savefig(folder / CURVE_IMAGE)
+    model_card(trainer, *args, **kwargs).save(folder / "README.md")
+
+
+def model_card(trainer: Any, *args: Any, **kwargs: Any) -> ModelCard:
+    """The card of the trainer's model, not yet written. Arguments as in `write_model_card`."""
+    summary = TrainingSummary.from_trainer(trainer, *args, **kwargs)
+    evaluation = _evaluation(trainer)
+    base_model = summary.finetuned_from if _is_repository(summary.finetuned_from) else None
+    adapter = _peft_config(trainer)
+    data = ModelCardData(
+        language=summary.language,
+        license=summary.license,
+        library_name="peft" if adapter is not None else "transformers",
+        base_model=base_model,
+        tags=[*_listed(summary.tags), *_tags_in(Path(trainer.args.output_dir, "README.md")), *TAGS],
+        datasets=[tag for tag in _listed(summary.dataset_tags) if _is_repository(tag)] or None,
+        metrics=[name for name in evaluation if "loss" not in name and name != "violation_rate"] or None,
+        pipeline_tag=next(iter(_listed(summary.tasks)), None),
+        model_name=summary.model_name,
+        eval_results=_model_index(trainer, summary, evaluation) or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        model_name=summary.model_name,
+        origin=_origin(trainer, base_model),
+        datasets=" and ".join(_listed(summary.dataset)),
+        library="PEFT" if adapter is not None else "Transformers",
+        usage=_usage(trainer, summary, adapter),
+        results={name.replace("_", " "): _number(value) for name, value in evaluation.items()},
+        evaluated_on=_evaluated_on(trainer, summary),
+        progress=_progress(summary),
+        hyperparameters=_hyperparameters(trainer, summary),
+        versions=", ".join(f"{name} {metadata.version(name)}" for name in _libraries(adapter)),
+        citations=CITATIONS,
+        **_comparison(trainer),
+        **_curve(trainer.ablations),
+    )
+
+
+def _progress(summary: TrainingSummary) -> list[dict[str, str]]:
+    """The evaluations during training, a row each."""
+    rows: list[Any] = summary.eval_lines or []
+    return [{name: _number(value) for name, value in row.items()} for row in rows]
+
+
+def _comparison(trainer: Any) -> dict[str, Any]:
+    """The settings of comparative loss, as a table and in words."""
+    args, last = trainer.args, trainer.variants[-1]
+    kinds = [f"{last.drops} by dropout of hidden neurons"] if last.drops else []
+    kinds += [f"{last.crops} by cutting input context"] if last.crops else []
+    objective = (
+        "the mean over all pairs i < j of max(0, l(i) − l(j)) was minimized, with a last l(c+1) that is the baseline."
+        if args.cmp_objective == "comparative" and args.cmp_ranking == "pairwise"
+        else f"the {args.cmp_objective} objective with {args.cmp_ranking} ranking was minimized."
+    )
+    fields = [field for field in dataclasses.fields(args) if field.name.startswith("cmp_")]
+    regularized = args.cmp_objective == "regularized"
+    shown = {
+        field.name: getattr(args, field.name)
+        for field in fields
+        if field.name in _ALWAYS_SHOWN or getattr(args, field.name) != field.default
+    }
+    if regularized:
+        del shown["cmp_baseline"]
+        shown = {**shown, "cmp_primary": args.cmp_primary, "cmp_weight": args.cmp_weight}
+    return {
+        "num_ablations": trainer.num_ablations,
+        "ablations": ", ".join(kinds),
+        "objective": objective,
+        "cmp_arguments": shown,
+    }
+
+
+def _hyperparameters(trainer: Any, summary: TrainingSummary) -> dict[str, Any]:
+    args, named = trainer.args, dict(summary.hyperparameters or {})
+    named["optimizer"] = getattr(args.optim, "value", args.optim) + (
+        f" ({args.optim_args})" if args.optim_args else ""
+    )
+    return {name.replace("_", " "): value for name, value in named.items()}
+
+
+def _curve(curve: pd.DataFrame | None) -> dict[str, Any]:
+    """The ablation curve as rows of text; nothing where none was measured."""
+    if curve is None:
+        return {"curve": None}
+    columns = measures(curve)
+    shown = ["loss", *(name for name in columns if name not in ("loss", "violations")), "violations"]
+    summary = summarize(curve)
+    rows = []
+    for key, row in summary.iterrows():
+        _, ablation, level = key  # pyright: ignore[reportGeneralTypeIssues]
+        cells = []
+        for name in shown:
+            mean, spread = row[name]["mean"], row[name]["std"]
+            cells.append(f"{mean:.4f}" + (f" ± {spread:.4f}" if spread > 0 else ""))
+        rows.append([ablation, level, *cells])
+    return {
+        "curve": rows,
+        "curve_columns": [name.replace("_", " ") for name in shown],
+        "curve_image": CURVE_IMAGE if find_spec("matplotlib") is not None else None,
+        "curve_examples": curve["examples"].max(),
+        "curve_seeds": ", ".join(str(seed) for seed in curve["seed"].unique()),
+        "curve_is_repeated": curve["seed"].nunique() > 1,
+    }
+
+
+def _evaluation(trainer: Any) -> dict[str, float]:
+    """The latest evaluation of the model at hand, without the `eval_` prefix and without timings.
+
+    With `load_best_model_at_end` that is the evaluation of the best step, unless one was made after training.
+    """
+    history = trainer.state.log_history
+    evaluations = [number for number, log in enumerate(history) if "eval_loss" in log]
+    trained = max((number for number, log in enumerate(history) if "train_runtime" in log), default=-1)
+    best = getattr(trainer.state, "best_global_step", None)
+    if trainer.args.load_best_model_at_end and best and not any(number > trained for number in evaluations):
+        evaluations = [number for number in evaluations if history[number]["step"] == best]
+    if not evaluations:
+        return {}
+    log = history[evaluations[-1]]
+    values = {name.removeprefix("eval_"): value for name, value in log.items() if name.startswith("eval_")}
+    return {name: value for name, value in values.items() if name not in _NOT_MEASURES}
+
+
+def _model_index(trainer: Any, summary: TrainingSummary, evaluation: dict[str, float]) -> list[EvalResult]:
+    """Results in the form of the Hub's model-index, which wants a task and a dataset for each."""
+    task, tag = (next(iter(_listed(given)), None) for given in (summary.tasks, summary.dataset_tags))
+    metrics = {name: value for name, value in evaluation.items() if "loss" not in name and name != "violation_rate"}
+    if task is None or tag is None:
+        if metrics:
+            missing = "tasks" if task is None else "dataset_tags"
+            logger.info("results are in the card's text but not in its metadata: no `%s` were given.", missing)
+        return []
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=TASK_TAG_TO_NAME_MAPPING.get(task),
+            dataset_type=tag,
+            dataset_name=next(iter(_listed(summary.dataset)), tag),
+            dataset_config=next(iter(_listed(summary.dataset_args)), None),
+            dataset_split=_split(trainer),
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+
+
+def _usage(trainer: Any, summary: TrainingSummary, adapter: Any) -> str:
+    """Code that loads the model."""
+    name = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id or summary.model_name
+    model = trainer._bare_model
+    kind, task = type(model).__name__, next(iter(_listed(summary.tasks)), None)
+    if adapter is not None:
+        base = adapter.base_model_name_or_path
+        labels = f", num_labels={model.config.num_labels}" if "Classification" in kind else ""
+        return (
+            f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
+            f'base = {kind}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(base, "{name}")'
+        )
+    if task in SUPPORTED_TASKS:
+        return f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{name}")'
+    kind = kind if hasattr(transformers, kind) else "AutoModel"
+    return (
+        f'from transformers import AutoTokenizer, {kind}\n\ntokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        + (f'model = {kind}.from_pretrained("{name}")')
+    )
+
+
+def _origin(trainer: Any, base_model: str | None) -> str:
+    if base_model is not None:
+        return f"[{base_model}](https://huggingface.co/{base_model}), fine-tuned"
+    from_scratch = not getattr(trainer._bare_model.config, "_name_or_path", "")
+    return f"A {type(trainer._bare_model).__name__}, {'trained from scratch' if from_scratch else 'fine-tuned'}"
+
+
+def _evaluated_on(trainer: Any, summary: TrainingSummary) -> str:
+    names, split = " and ".join(_listed(summary.dataset)), _split(trainer)
+    data = trainer.eval_dataset
+    size = f"{len(data)} examples" if hasattr(data, "__len__") and not isinstance(data, dict) else ""
+    return ", ".join(part for part in (names and f"{names}{f' ({split})' if split else ''}", size) if part)
+
+
+def _split(trainer: Any) -> str | None:
+    split = getattr(trainer.eval_dataset, "split", None)
+    return str(split) if split is not None else None
+
+
+def _peft_config(trainer: Any) -> Any:
+    """The configuration of the adapter that was trained; None for a full model."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return model.active_peft_config if hasattr(model, "active_peft_config") else None
+
+
+def _tags_in(card: Path) -> list[str]:
+    """Tags of a card that is there already, such as the one PEFT writes on saving."""
+    return _listed(ModelCard.load(card).data.get("tags")) if card.is_file() else []
+
+
+def _libraries(adapter: Any) -> Sequence[str]:
+    return ("cmp-trainer", "transformers", "torch", "datasets", "tokenizers", *(["peft"] if adapter else []))
+
+
+def _is_repository(name: Any) -> bool:
+    """Whether this can be an id on the Hub (a path of this machine, for instance, cannot)."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not Path(name).exists()
+
+
+def _listed(value: Any) -> list[Any]:
+    values = [value] if value is None or isinstance(value, str) else value
+    return [one for one in values if one is not None]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,123 @@
+"""Stacked variants: several drop variants of a batch in one forward of more rows.
+
+A small batch keeps a processor busy with overhead, not with arithmetic, and 1 + c small forwards pay it 1 + c times.
+Here the batch is repeated for G variants, (G * batch, …), the model runs once, and only the dropout calls treat the
+groups apart: each group is dropped at its own rate by PyTorch's own kernel, started from the random state in which
+the site was reached. So every group gets the very masks that a forward of its own would give it.
+
+This asks of the model that rows come first in what it drops and do not depend on each other. Where they do (batch
+norm, time-major layers), the losses differ from those of single forwards, which is checked on the first batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmp_trainer.dropout import RECURRENT, CmpDrop, DropoutSchedule, own_rate, with_rate
+from cmp_trainer.random_state import generator_state, set_generator_state
+from cmp_trainer.task_losses import TaskLosses
+
+_NOT_ROW_BY_ROW = (F.multi_head_attention_forward, torch.native_dropout, *RECURRENT)
+
+
+class CannotStack(ValueError):
+    """The model's dropout calls do not keep the rows of a stacked batch apart."""
+
+
+class StackedDrop(CmpDrop):
+    """CmpDrop for a stacked batch: group g of the rows has been through `group_drops[g]` cumulative drops.
+
+    Args:
+        group_drops: cumulative drops of each group, in the order of the groups.
+        schedule: how rates grow with the drops.
+
+    Raises:
+        CannotStack: inside, at a dropout call whose rows are not those of the batch.
+    """
+
+    def __init__(self, group_drops: Sequence[int], schedule: DropoutSchedule | None = None) -> None:
+        super().__init__(max(group_drops), schedule)
+        self.group_drops = tuple(group_drops)
+
+    def drop(self, func: Callable, position: int, name: str, args: tuple, kwargs: dict) -> Any:
+        """Call a dropout function once for each group, from one random state."""
+        asked = own_rate(position, name, args, kwargs)
+        rates = [self.schedule.rate(asked, drops) for drops in self.group_drops]
+        if not any(rates):
+            args, kwargs = with_rate(0.0, position, name, args, kwargs)
+            return func(*args, **kwargs)
+        first = args[0] if args else kwargs["query" if name == "dropout_p" else "input"]
+        num_rows, num_groups = first.shape[0], len(rates)
+        if func in _NOT_ROW_BY_ROW or num_rows % num_groups:
+            raise CannotStack(
+                f"{func.__name__} drops a tensor of shape {tuple(first.shape)}, not {num_groups} groups."
+            )
+        device, outputs = first.device, []
+        state = generator_state(device)
+        for group, rate in enumerate(rates):
+            set_generator_state(device, state)
+            rows = slice(group * num_rows // num_groups, (group + 1) * num_rows // num_groups)
+            group_args = tuple(_rows(value, rows, num_rows) for value in args)
+            group_kwargs = {key: _rows(value, rows, num_rows) for key, value in kwargs.items()}
+            group_args, group_kwargs = with_rate(rate, position, name, group_args, group_kwargs)
+            outputs.append(func(*group_args, **group_kwargs))
+        return torch.cat(outputs)
+
+    def again(self) -> "StackedDrop":
+        """An equal context, to be entered where this one has been left."""
+        return StackedDrop(self.group_drops, self.schedule)
+
+
+def stack(inputs: Mapping[str, Any], num_groups: int) -> dict[str, Any]:
+    """A batch repeated group after group: tensors `(batch, …)` -> `(num_groups * batch, …)`, the rest as it is."""
+    num_rows = _num_rows(inputs)
+    return {
+        name: torch.cat([value] * num_groups) if isinstance(value, Tensor) and _has_rows(value, num_rows) else value
+        for name, value in inputs.items()
+    }
+
+
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Its means would be those of all groups, a difference that a single loss may be too close to show.
+
+    Raises:
+        CannotStack: a batch norm is in train mode.
+    """
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise CannotStack(f"{name} is a batch norm.")
+
+
+def unstack(losses: TaskLosses, num_groups: int) -> list[TaskLosses]:
+    """Task losses of a stacked batch, `(num_groups * batch, parts)`, group by group."""
+    return [
+        TaskLosses(*pair)
+        for pair in zip(losses.values.chunk(num_groups), losses.weights.chunk(num_groups), strict=True)
+    ]
+
+
+def first_group(outputs: Any, num_groups: int) -> Any:
+    """The model's outputs for the first group of a stacked batch."""
+    if isinstance(outputs, Tensor):
+        return outputs[: outputs.shape[0] // num_groups] if outputs.ndim else outputs
+    if isinstance(outputs, Mapping):
+        parts = {name: first_group(value, num_groups) for name, value in outputs.items()}
+        return type(outputs)(parts) if type(outputs) is dict else type(outputs)(**parts)
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(first_group(value, num_groups) for value in outputs)
+    return outputs
+
+
+def _rows(value: Any, rows: slice, num_rows: int) -> Any:
+    return value[rows] if isinstance(value, Tensor) and _has_rows(value, num_rows) else value
+
+
+def _has_rows(value: Tensor, num_rows: int) -> bool:
+    return value.ndim > 0 and value.shape[0] == num_rows
+
+
+def _num_rows(inputs: Mapping[str, Any]) -> int:
+    return next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.ndim)

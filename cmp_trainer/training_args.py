@@ -1,0 +1,254 @@
+"""The arguments of comparative loss, next to those of TrainingArguments.
+
+Values and combinations that cannot be meant are refused here, before anything is loaded, with the argument, its value
+and what to do.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from cmp_trainer.comparative_losses import Baseline, NamedBaseline, Primary, Ranking
+from cmp_trainer.cropping import CropOrder
+from cmp_trainer.dropout import DropoutSchedule, Growth
+
+Objective = Literal["comparative", "regularized"]
+ForwardChoice = Literal["auto", "sequential", "stacked"]
+
+
+@dataclass
+class CmpTrainingArguments(TrainingArguments):
+    """TrainingArguments and what comparative loss adds; no default of TrainingArguments is changed.
+
+    Parameters:
+        > What is compared
+
+        cmp_num_ablations (`int`, defaults to 0):
+            c, how many ablated variants are compared with the full model. 0 is the plain Trainer, bit for bit.
+        cmp_num_crops (`int`, defaults to 0):
+            How many of the c ablations cut input context (CmpCrop); the others drop hidden neurons (CmpDrop).
+        cmp_crop_order (`str`, defaults to `"random"`):
+            Which segments a crop keeps: `random` ones, or a `prefix` of them.
+        cmp_dropout_schedule (`str`, defaults to `"compound"`):
+            How the rate grows with the number k of drops: `compound` 1 - (1 - p)^k, `linear` k * p.
+        cmp_dropout_rates (`list[float]`, *optional*):
+            Rates for k = 1, 2, … at every dropout site, strictly increasing, in place of p and the schedule.
+        cmp_dropout (`float`, *optional*):
+            Base rate p at every dropout site in place of the model's own, also where its own is 0.
+
+        > How it is compared
+
+        cmp_objective (`str`, defaults to `"comparative"`):
+            `comparative`, or `regularized`: primary + weight * ranking.
+        cmp_baseline (`str`, defaults to `"zero"`):
+            Comparative objective: the loss that closes the comparison, `zero`, `first`, `best`, or a number.
+        cmp_ranking (`str`, defaults to `"pairwise"`):
+            `pairwise` hinge or `listwise` (ListMLE).
+        cmp_temperature (`float`, defaults to 1.0):
+            Divides the task losses before they are ranked.
+        cmp_margin (`float`, defaults to 0.0):
+            Pairwise ranking: by how much a less ablated variant has to be better.
+        cmp_primary (`str`, defaults to `"max"`):
+            Regularized objective: `max`, `mean`, `full` or `last`.
+        cmp_weight (`float`, defaults to 1.0):
+            Regularized objective: the factor of the ranking loss.
+        cmp_loss_threshold (`float`, *optional*):
+            Regularized objective: rank only while the batch mean of the primary loss is at most this.
+
+        > How it is run
+
+        cmp_forward (`str`, defaults to `"auto"`):
+            `sequential`, one forward a variant; `stacked`, one forward for all drop variants; `auto`, stacked where
+            that was measured to be faster (small batches on the CPU).
+        cmp_low_memory (`bool`, defaults to `False`):
+            Exact gradients at the activation memory of one variant, for c more forwards.
+
+        > Evaluation
+
+        cmp_eval_ablations (`bool`, defaults to `False`):
+            Evaluation also reports the loss of every variant and the violation rate, at 1 + c times the cost.
+
+    Raises:
+        ValueError: a value or combination that cannot be meant; names the argument, its value and the fix.
+    """
+
+    cmp_num_ablations: int = field(
+        default=0, metadata={"help": "How many ablated variants are compared with the full model; 0: plain Trainer."}
+    )
+    cmp_num_crops: int = field(
+        default=0, metadata={"help": "How many of the ablations are CmpCrop (input context); the others are CmpDrop."}
+    )
+    cmp_crop_order: CropOrder = field(
+        default="random", metadata={"help": "Which segments a crop keeps: random ones, or a prefix of them."}
+    )
+    cmp_dropout_schedule: Growth = field(
+        default="compound",
+        metadata={"help": "How the dropout rate grows with the number k of drops: compound 1-(1-p)^k, linear k*p."},
+    )
+    cmp_dropout_rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "Explicit dropout rates for k = 1, 2, ..., strictly increasing, for p and the schedule."},
+    )
+    cmp_dropout: float | None = field(
+        default=None, metadata={"help": "Base rate p at every dropout site, also where the model's own is 0."}
+    )
+    cmp_objective: Objective = field(
+        default="comparative", metadata={"help": "comparative, or regularized: primary + weight * ranking."}
+    )
+    cmp_baseline: str = field(
+        default="zero", metadata={"help": "The loss that closes the comparison: zero, first, best, or a number."}
+    )
+    cmp_ranking: Ranking = field(default="pairwise", metadata={"help": "pairwise hinge or listwise (ListMLE)."})
+    cmp_temperature: float = field(default=1.0, metadata={"help": "Divides the task losses before the ranking."})
+    cmp_margin: float = field(
+        default=0.0, metadata={"help": "By how much a less ablated variant has to be better (pairwise)."}
+    )
+    cmp_primary: Primary = field(
+        default="max", metadata={"help": "Primary loss of the regularized objective: max, mean, full or last."}
+    )
+    cmp_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking in the regularized objective."})
+    cmp_loss_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Regularized objective: rank only while the batch mean primary loss is at most this."},
+    )
+    cmp_forward: ForwardChoice = field(
+        default="auto",
+        metadata={"help": "sequential: one forward a variant; stacked: one for all drop variants; auto: as measured."},
+    )
+    cmp_low_memory: bool = field(
+        default=False, metadata={"help": "Exact gradients at one variant's activation memory, for c more forwards."}
+    )
+    cmp_eval_ablations: bool = field(
+        default=False, metadata={"help": "Evaluation also reports the loss of every variant."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_cmp_arguments()
+
+    def check_cmp_arguments(self) -> None:
+        """Refuse values and combinations that cannot be meant; run at parsing and before training.
+
+        Raises:
+            ValueError: names the argument, its value and the fix.
+        """
+        for name, choices in _CHOICES.items():
+            _require(
+                getattr(self, name) in choices,
+                name,
+                getattr(self, name),
+                f"is none of the choices; use one of {', '.join(choices)}",
+            )
+        _check_counts(self)
+        _check_dropout(self)
+        _check_objective(self)
+
+    @property
+    def cmp_schedule(self) -> DropoutSchedule:
+        """The dropout arguments as the schedule that CmpDrop follows."""
+        rates = tuple(self.cmp_dropout_rates) if self.cmp_dropout_rates else None
+        return DropoutSchedule(self.cmp_dropout_schedule, self.cmp_dropout, rates)
+
+    @property
+    def cmp_baseline_value(self) -> Baseline:
+        """The baseline argument as a name or a number."""
+        named = self.cmp_baseline in get_args(NamedBaseline)
+        return cast(NamedBaseline, self.cmp_baseline) if named else float(self.cmp_baseline)
+
+
+@dataclass
+class CmpSeq2SeqTrainingArguments(CmpTrainingArguments, Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments with the arguments of CmpTrainingArguments."""
+
+
+_CHOICES = {
+    "cmp_crop_order": get_args(CropOrder),
+    "cmp_dropout_schedule": get_args(Growth),
+    "cmp_objective": get_args(Objective),
+    "cmp_ranking": get_args(Ranking),
+    "cmp_primary": get_args(Primary),
+    "cmp_forward": get_args(ForwardChoice),
+}
+_REGULARIZED_ONLY = {"cmp_primary": "max", "cmp_weight": 1.0, "cmp_loss_threshold": None}
+
+
+def _check_counts(args: CmpTrainingArguments) -> None:
+    ablations, crops = args.cmp_num_ablations, args.cmp_num_crops
+    _require(
+        isinstance(ablations, int) and ablations >= 0,
+        "cmp_num_ablations",
+        ablations,
+        "is no count; give 0 or a whole number",
+    )
+    _require(isinstance(crops, int) and crops >= 0, "cmp_num_crops", crops, "is no count; give 0 or a whole number")
+    fix = f"is more than --cmp_num_ablations {ablations}; crops are some of the ablations, so raise that or lower this"
+    _require(crops <= ablations, "cmp_num_crops", crops, fix)
+    fix = "holds all variants at once, which is what --cmp_low_memory avoids; drop one of the two"
+    _require(not (args.cmp_low_memory and args.cmp_forward == "stacked"), "cmp_forward", args.cmp_forward, fix)
+
+
+def _check_dropout(args: CmpTrainingArguments) -> None:
+    drops = args.cmp_num_ablations - args.cmp_num_crops
+    rates, base_rate, growth = args.cmp_dropout_rates, args.cmp_dropout, args.cmp_dropout_schedule
+    _require(
+        base_rate is None or 0 < base_rate < 1,
+        "cmp_dropout",
+        base_rate,
+        "is no dropout rate; give one between 0 and 1",
+    )
+    if base_rate is not None and growth == "linear":
+        fix = f"reaches {drops} * {base_rate} >= 1 under the linear schedule; lower it or use compound"
+        _require(drops * base_rate < 1, "cmp_dropout", base_rate, fix)
+    if rates is None:
+        return
+    increasing = all(low < high for low, high in zip([0.0, *rates], [*rates, 1.0], strict=True))
+    _require(
+        bool(rates) and increasing,
+        "cmp_dropout_rates",
+        rates,
+        "do not grow from 0 to 1; give strictly increasing rates",
+    )
+    _require(base_rate is None, "cmp_dropout_rates", rates, f"take the place of --cmp_dropout {base_rate}; drop one")
+    _require(growth == "compound", "cmp_dropout_rates", rates, f"take the place of the {growth} schedule; drop one")
+    if args.cmp_num_ablations:
+        fix = f"are {len(rates)} rates for {drops} drops; give one rate for each drop"
+        _require(len(rates) == drops, "cmp_dropout_rates", rates, fix)
+
+
+def _check_objective(args: CmpTrainingArguments) -> None:
+    temperature, margin, weight, threshold = (
+        args.cmp_temperature,
+        args.cmp_margin,
+        args.cmp_weight,
+        args.cmp_loss_threshold,
+    )
+    named = args.cmp_baseline in get_args(NamedBaseline)
+    fix = f"is no baseline; give one of {', '.join(get_args(NamedBaseline))}, or a number"
+    _require(named or _is_number(args.cmp_baseline), "cmp_baseline", args.cmp_baseline, fix)
+    _require(0 < temperature < math.inf, "cmp_temperature", temperature, "has to be a positive number")
+    _require(0 <= margin < math.inf, "cmp_margin", margin, "has to be 0 or a positive number")
+    _require(0 <= weight < math.inf, "cmp_weight", weight, "has to be 0 or a positive number")
+    _require(threshold is None or _is_number(threshold), "cmp_loss_threshold", threshold, "has to be a number")
+    fix = "means nothing to the listwise ranking; use --cmp_ranking pairwise"
+    _require(not margin or args.cmp_ranking == "pairwise", "cmp_margin", margin, fix)
+    if args.cmp_objective == "regularized":
+        fix = "means nothing to the regularized objective, which has no baseline; drop it"
+        _require(args.cmp_baseline == "zero", "cmp_baseline", args.cmp_baseline, fix)
+        return
+    for name, default in _REGULARIZED_ONLY.items():
+        fix = "means nothing to the comparative objective; add --cmp_objective regularized or drop it"
+        _require(getattr(args, name) == default, name, getattr(args, name), fix)
+
+
+def _require(holds: bool, name: str, value: Any, fix: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name} {value} {fix}.")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
