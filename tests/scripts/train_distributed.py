@@ -1,0 +1,122 @@
+"""Trains a tiny token classifier in the settings named on the command line, launched in several processes.
+
+Tokens have labels in unequal numbers and the last batch is short, so that each normalization has to be right over the
+processes. Every forward starts from the seed of its step: two processes then drop what two accumulated batches of one
+process drop, and have to end at the same weights.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import BertConfig, BertForTokenClassification
+
+from cmp_trainer import CmpTrainer, CmpTrainingArguments
+
+ROWS, BATCH, PROCESSES = 14, 4, 2
+ONE_AFTER_THE_OTHER = {"cmp_forward": "sequential"}
+SETTINGS = {
+    "sequential": ONE_AFTER_THE_OTHER,
+    "stacked": {"cmp_forward": "stacked"},
+    "low memory": {"cmp_low_memory": True},
+    "gradient checkpointing": {**ONE_AFTER_THE_OTHER, "gradient_checkpointing": True},
+}
+SHARDED = {
+    "sharded": {"sharded": True, **ONE_AFTER_THE_OTHER},
+    "sharded, low memory": {"sharded": True, "cmp_low_memory": True},
+}
+
+
+class Reseeded(CmpTrainer):
+    """Takes the data in their order and drops the same in all batches of a step."""
+
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, *args, **kwargs):
+        torch.manual_seed(100 + self.state.global_step)
+        return super().compute_loss(*args, **kwargs)
+
+
+def tokens(rows: int) -> Dataset:
+    """Token ids, each labelled by what it is, or not at all."""
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 40, (rows, 6), generator=draws)
+    labels = torch.where(torch.rand(ids.shape, generator=draws) < 0.6, ids % 3, -100)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+
+
+def tiny_model() -> BertForTokenClassification:
+    """With dropout 0.1 everywhere."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    return BertForTokenClassification(BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes))
+
+
+def sharded_over_processes(model, output_dir: str):
+    """The model under FSDP2, which transformers applies when it loads a model."""
+    from transformers.distributed import DistributedConfig
+
+    folder = Path(output_dir, "model")
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder)
+    torch.distributed.barrier()
+    plan = {"bert.encoder.layer.*": "free_full_weight"}
+    config = DistributedConfig(fsdp_size=PROCESSES, fsdp_plan=plan)
+    return type(model).from_pretrained(folder, distributed_config=config)
+
+
+def train(output_dir: str, data: Dataset, accumulate: int, sharded: bool = False, **settings):
+    """Two optimizer steps of plain gradient descent, then evaluations."""
+    args = CmpTrainingArguments(
+        output_dir=output_dir,
+        max_steps=2,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        gradient_accumulation_steps=accumulate,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        cmp_num_ablations=2,
+        cmp_eval_ablations=True,
+        **settings,
+    )
+    evaluated = {"whole": tokens(4 * BATCH), "short": tokens(ROWS)}
+    model = tiny_model()
+    if sharded:
+        model = sharded_over_processes(model, output_dir)
+    trainer = Reseeded(model=model, args=args, train_dataset=data, eval_dataset=evaluated)
+    trainer.train()
+    metrics = trainer.evaluate()
+    weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
+    return {
+        "weights": weights,
+        "metrics": metrics,
+        "logs": [{key: log[key] for key in log if key.startswith("loss")} for log in trainer.state.log_history[:2]],
+        "kind": type(trainer.model_wrapped).__name__,
+    }
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter, gathered from the processes where it is sharded."""
+    return parameter.full_tensor().detach() if hasattr(parameter, "full_tensor") else parameter.detach()
+
+
+def main() -> None:
+    output_dir, *names = sys.argv[1:]
+    settings = {**SETTINGS, **SHARDED}
+    results = {name: train(output_dir, tokens(ROWS), 1, **settings[name]) for name in names}
+    rank = torch.distributed.get_rank()
+    torch.save(results, Path(output_dir, f"rank_{rank}.pt"))
+
+
+if __name__ == "__main__":
+    main()

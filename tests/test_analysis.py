@@ -1,0 +1,203 @@
+"""Ablation curves: what is measured equals what it says, and measuring leaves no trace."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
+
+from cmp_trainer.analysis import as_text, measures, plot_curves, summarize, violations
+from cmp_trainer.cropping import CmpCropCollator
+from tests.helpers import (
+    SMALL,
+    batch_of,
+    cmp_trainer,
+    letter_tokenizer,
+    same_weights,
+    tiny_bert,
+    token_data,
+    training_arguments,
+)
+
+loss_tables = arrays("float64", array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=6), elements=st.floats(0, 9))
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    return cmp_trainer(
+        tmp_path / "comparative", cmp_num_ablations=2, compute_metrics=accuracy, per_device_eval_batch_size=16
+    )
+
+
+@given(losses=loss_tables)
+def test_an_example_in_violation_has_a_higher_loss_at_some_lower_level(losses):
+    for level, share in enumerate(violations(losses)):
+        wrong = [any(row[j] > row[level] + 1e-6 for j in range(level)) for row in losses]
+        assert share == pytest.approx(np.mean(wrong))
+
+
+@given(losses=loss_tables)
+def test_losses_in_order_violate_nothing(losses):
+    assert not violations(np.sort(losses, axis=1)).any()
+
+
+def test_level_0_is_what_evaluate_reports(trainer):
+    evaluated = trainer.evaluate()
+    full = trainer.evaluate_ablations().query("level == 0")
+    assert full["loss"].tolist() == pytest.approx([evaluated["eval_loss"]] * 3, rel=1e-5)
+    assert full["accuracy"].tolist() == [evaluated["eval_accuracy"]] * 3
+    assert not full["violations"].any()
+
+
+@pytest.mark.parametrize("drops", [1, 2, 3])
+def test_loss_at_a_level_is_that_of_a_model_whose_rates_are_set_by_hand(drops, tmp_path):
+    data = token_data(rows=4)
+    trainer = cmp_trainer(tmp_path, data=data)
+    curve = trainer.evaluate_ablations(seeds=[5])
+    by_hand = tiny_bert(attn_implementation="eager").train()
+    for module in by_hand.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 1 - 0.9**drops
+    torch.manual_seed(int(np.random.SeedSequence([5, 0]).generate_state(1)[0]))
+    trainer.model.set_attn_implementation("eager")
+    curve = trainer.evaluate_ablations(seeds=[5])
+    expected = by_hand(**batch_of(data)).loss.item()
+    assert curve.set_index("level")["loss"][drops] == pytest.approx(expected, rel=1e-5)
+
+
+def test_equal_seeds_measure_equal_curves_and_other_seeds_others(trainer):
+    one, again = (trainer.evaluate_ablations(seeds=[0, 1]) for _ in range(2))
+    pd.testing.assert_frame_equal(one, again)
+    losses = one.query("level == 3")["loss"]
+    assert losses.nunique() == 2
+
+
+def test_batches_have_masks_of_their_own(tmp_path):
+    same_rows = Dataset.from_dict({name: [value[0]] * 8 for name, value in token_data()[:1].items()})
+    trainer = cmp_trainer(tmp_path, data=same_rows, cmp_num_ablations=1)
+    by_batch = []
+    for rows in (4, 8):
+        curve = trainer.evaluate_ablations(same_rows.select(range(rows)), seeds=[0])
+        by_batch.append(curve.set_index("level")["loss"][3])
+    assert by_batch[0] != pytest.approx(by_batch[1], rel=1e-6)
+
+
+def test_measuring_leaves_weights_modes_and_randomness_alone(trainer):
+    before, state = tiny_bert(), torch.get_rng_state()
+    trainer.evaluate_ablations()
+    assert same_weights(trainer.model, before)
+    assert not any(module.training for module in trainer.model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trainer_without_comparative_loss_has_a_curve_too(tmp_path):
+    trainer = cmp_trainer(tmp_path, args=training_arguments(tmp_path, TrainingArguments))
+    curve = trainer.evaluate_ablations(drops=2)
+    assert curve["level"].tolist() == [0, 1, 2] * 3
+
+
+def test_levels_follow_explicit_rates(tmp_path):
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2, cmp_dropout_rates=[0.3, 0.6])
+    assert trainer.evaluate_ablations(seeds=[0])["level"].tolist() == [0, 1, 2]
+
+
+def test_violations_of_the_curve_are_counted_over_examples(tmp_path):
+    trainer = cmp_trainer(
+        tmp_path, cmp_num_ablations=1, per_example_loss_func=lambda outputs, _: -outputs.logits.norm(dim=1)
+    )
+    trainer.model.classifier.weight.data.mul_(100)
+    share = trainer.evaluate_ablations(seeds=[0])["violations"]
+    assert (share * 32 % 1 == 0).all()
+    assert 0 < share.max() <= 1
+
+
+def test_the_last_crop_is_the_input_without_its_segments(tmp_path):
+    data = token_data(rows=8).add_column("crop_segments", [[0, 0, 1, 1, 2, 3, 3, 0]] * 8)
+    bare = data.map(lambda row: {name: [row[name][i] for i in (0, 1, 7)] for name in ("input_ids", "attention_mask")})
+    trainer = cmp_trainer(
+        tmp_path, data=data, cmp_num_ablations=1, cmp_num_crops=1, data_collator=CmpCropCollator(letter_tokenizer())
+    )
+    curve = trainer.evaluate_ablations(seeds=[0, 1], drops=1).query("ablation == 'crops'")
+    assert curve["level"].tolist() == [0, 1, 2, 3] * 2
+    expected = cmp_trainer(tmp_path, data=bare.remove_columns("crop_segments")).evaluate()["eval_loss"]
+    assert curve.query("level == 3")["loss"].tolist() == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_question_answering_averages_start_and_end(tmp_path):
+    torch.manual_seed(0)
+    data = token_data(rows=10).remove_columns("labels")
+    data = data.add_column("start_positions", [1] * 10).add_column("end_positions", [3] * 10)
+    trainer = cmp_trainer(tmp_path, BertForQuestionAnswering(BertConfig(**SMALL)), data, cmp_num_ablations=1)
+    full = trainer.evaluate_ablations(seeds=[0])["loss"][0]
+    assert full == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_a_model_without_dropout_is_refused(tmp_path):
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    with pytest.raises(ValueError, match="Pass --cmp_dropout"):
+        cmp_trainer(tmp_path, model).evaluate_ablations()
+
+
+def test_no_seed_and_no_data_are_refused(trainer):
+    with pytest.raises(ValueError, match="no seeds"):
+        trainer.evaluate_ablations(seeds=[])
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="no data"):
+        trainer.evaluate_ablations()
+
+
+def test_table_shows_mean_and_spread_over_seeds(trainer):
+    curve = trainer.evaluate_ablations()
+    losses = curve.query("level == 2")["loss"]
+    assert f"{losses.mean():.4f} ± {losses.std():.4f}" in as_text(curve)
+    assert as_text(curve).startswith("32 examples, mean ± standard deviation over the mask seeds 0, 1, 2")
+    assert summarize(curve).index.tolist() == [("comparative", "drops", level) for level in range(4)]
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_a_curve_survives_a_file(form, trainer, tmp_path):
+    curve = trainer.evaluate_ablations()
+    if form == "csv":
+        curve.to_csv(tmp_path / "curve.csv", index=False)
+        read = pd.read_csv(tmp_path / "curve.csv")
+    else:
+        curve.to_json(tmp_path / "curve.json", orient="records", double_precision=15)
+        read = pd.read_json(tmp_path / "curve.json")
+    pd.testing.assert_frame_equal(read, curve, check_dtype=False)
+
+
+def test_plot_has_a_line_for_each_model_and_labels_with_units(trainer, tmp_path):
+    curve = trainer.evaluate_ablations()
+    figure = plot_curves(pd.concat([curve, curve.assign(model="baseline", loss=curve["loss"] + 0.1)]))
+    assert [axes.get_ylabel() for axes in figure.axes] == ["task loss (nats)", "accuracy", "examples in violation (%)"]
+    assert all(axes.get_xlabel() == "cumulative drops k (0: full model)" for axes in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["comparative", "baseline"]
+    figure.savefig(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5_000
+
+
+def test_lines_of_a_plot_differ_in_lightness_dash_and_marker(trainer):
+    from matplotlib.colors import to_rgb
+
+    curve = trainer.evaluate_ablations(seeds=[0])
+    figure = plot_curves(pd.concat([curve.assign(model=name) for name in "abcd"]))
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    lightness = sorted(float(np.dot(to_rgb(line.get_color()), [0.299, 0.587, 0.114])) for line in lines)
+    assert min(np.diff(lightness)) > 0.1
+    assert len({line.get_linestyle() for line in lines}) == len({line.get_marker() for line in lines}) == 4
+
+
+def test_an_unknown_metric_is_refused(trainer):
+    curve = trainer.evaluate_ablations(seeds=[0])
+    assert measures(curve) == ["loss", "violations", "accuracy"]
+    with pytest.raises(ValueError, match="it has accuracy"):
+        plot_curves(curve, metric="f1")

@@ -1,0 +1,129 @@
+"""cmp-trainer run: existing scripts train with comparative loss, and nothing outside of the run is changed."""
+
+import importlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import trainer as trainer_module
+
+from cmp_trainer import cli
+from cmp_trainer.drop_in import REPLACEMENTS
+from tests.helpers import free_port
+
+SCRIPT = Path(__file__).parent / "scripts" / "classify_text.py"
+QUIET = ["--max_steps", "2", "--logging_steps", "1", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+CLASSES = ["Trainer", "TrainingArguments", "Seq2SeqTrainer", "Seq2SeqTrainingArguments"]
+
+
+def run(output_dir, *arguments):
+    """`cmp-trainer run` of the script in this process; returns what the script found."""
+    cli.main(["run", str(SCRIPT), "--output_dir", str(output_dir), *QUIET, *arguments])
+    return json.loads(Path(output_dir, "found.json").read_text())
+
+
+def test_an_unmodified_script_trains_with_comparative_loss(tmp_path):
+    found = run(tmp_path, "--cmp_num_ablations", "2")
+    assert {"loss", "loss_full", "loss_ablated_1", "loss_ablated_2", "violation_rate"} <= found["logs"][0].keys()
+
+
+def test_every_way_to_import_the_classes_is_covered(tmp_path):
+    assert all(name.startswith("Cmp") for name in run(tmp_path)["every way of import"])
+
+
+def test_replacements_are_subclasses_of_each_other_as_the_originals_are():
+    for kind, base in [("Seq2SeqTrainer", "Trainer"), ("Seq2SeqTrainingArguments", "TrainingArguments")]:
+        kind, base = getattr(transformers, kind), getattr(transformers, base)
+        assert issubclass(REPLACEMENTS[kind], REPLACEMENTS[base])
+        assert issubclass(REPLACEMENTS[kind], kind)
+
+
+def test_a_trainer_subclass_in_a_module_of_the_script_compares_and_keeps_what_it_adds(tmp_path):
+    found = run(tmp_path, "--cmp_num_ablations", "1", "--cmp_eval_ablations")
+    assert found["trainer"][:2] == ["AccuracyTrainer", "CmpTrainer"]
+    assert {"eval_accuracy", "eval_loss_ablated_1"} <= found["metrics"].keys()
+
+
+def test_without_arguments_of_comparative_loss_the_script_trains_as_before(tmp_path, monkeypatch):
+    found = run(tmp_path / "replaced")
+    assert "loss_full" not in found["logs"][0]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output_dir", str(tmp_path), *QUIET])
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    del sys.modules["accuracy_trainer"]
+    plain = json.loads(Path(tmp_path, "found.json").read_text())
+    assert [log["loss"] for log in plain["logs"][:2]] == [log["loss"] for log in found["logs"][:2]]
+
+
+def state_of_this_process():
+    names = {(module, name): vars(module).get(name) for module in (transformers, trainer_module) for name in CLASSES}
+    return names, sys.argv, sys.path[:], sys.modules["__main__"]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["script ends", "script raises"])
+def test_nothing_outside_the_run_is_changed(fails, tmp_path):
+    for name in CLASSES:
+        getattr(transformers, name)
+    before = state_of_this_process()
+    if fails:
+        with pytest.raises(RuntimeError, match="the script failed"):
+            run(tmp_path, "--fail")
+    else:
+        run(tmp_path, "--cmp_num_ablations", "1")
+    assert state_of_this_process() == before
+
+
+def test_modules_built_on_the_replaced_classes_are_imported_anew_after_the_run(tmp_path, monkeypatch):
+    run(tmp_path)
+    assert "accuracy_trainer" not in sys.modules
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    assert importlib.import_module("accuracy_trainer").AccuracyTrainer.__base__ is transformers.Trainer
+    del sys.modules["accuracy_trainer"]
+
+
+def test_the_exit_code_of_the_script_is_kept(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", str(SCRIPT), "--help"])
+    assert stop.value.code == 0
+    assert "--cmp_num_ablations" in capsys.readouterr().out
+
+
+def test_a_bad_argument_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="--cmp_num_crops 3 is more than --cmp_num_ablations 2"):
+        run(tmp_path, "--cmp_num_ablations", "2", "--cmp_num_crops", "3")
+
+
+def test_a_script_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.py is no file"):
+        cli.main(["run", "nowhere.py"])
+
+
+def subprocess_of(command, output_dir):
+    """Runs the command with the script's own arguments; returns what the script found."""
+    command = [*command, "--output_dir", str(output_dir), *QUIET]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(Path(output_dir, "found.json").read_text())
+
+
+# accelerate starts several processes on the CPU through MPI only; --multi_gpu starts them as torchrun does, and
+# the script's --use_cpu makes them talk through gloo.
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--standalone"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_of_a_launcher_run_the_script(launcher, tmp_path):
+    port = [f"--main_process_port={free_port()}"] if launcher == "accelerate" else []
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], *port, "-m", "cmp_trainer.cli", "run", str(SCRIPT)]
+    found = subprocess_of([*command, "--cmp_num_ablations", "1"], tmp_path)
+    assert found["processes"] == 2
+    assert {"loss_full", "loss_ablated_1"} <= found["logs"][0].keys()

@@ -1,0 +1,151 @@
+"""cmp-trainer curve: saved models and a labelled file become a table, files and a plot."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction
+
+from cmp_trainer import cli
+from cmp_trainer.curve_data import prepare
+from tests.helpers import SMALL, cmp_trainer, letter_tokenizer, tiny_bert, token_data
+
+
+def save(folder, model):
+    model.save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def write(file, rows):
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(file)
+
+
+@pytest.fixture
+def models(tmp_path):
+    kinds = {"num_labels": 2, "id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    return [save(tmp_path / name, tiny_bert(seed, **kinds)) for seed, name in enumerate(["baseline", "comparative"])]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "data.jsonl", [{"sentence": f"{a} b c", "label": "ab".index(a)} for a in "abab"])
+
+
+def curve(capsys, *arguments):
+    cli.main(["curve", *arguments])
+    return capsys.readouterr().out
+
+
+def test_models_stand_side_by_side_in_table_files_and_plot(models, data, tmp_path, capsys):
+    out = curve(
+        capsys, *models, "--data", data, "--drops", "2", "--seeds", "2", "--output", str(tmp_path / "to" / "x")
+    )
+    assert len(re.findall(r"^ *(baseline|comparative) +drops +[012]", out, flags=re.M)) == 6
+    table = pd.read_csv(tmp_path / "to" / "x.csv")
+    assert list(table.columns[:7]) == ["model", "ablation", "level", "seed", "examples", "loss", "violations"]
+    assert {"accuracy", "matthews_correlation", "f1"} <= set(table.columns)
+    assert len(table) == 2 * 3 * 2 == len(json.loads((tmp_path / "to" / "x.json").read_text()))
+    assert (tmp_path / "to" / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_level_0_is_the_saved_models_loss_and_accuracy(models, data, tmp_path, capsys):
+    curve(capsys, models[0], "--data", data, "--seeds", "1", "--output", str(tmp_path / "x"))
+    batch = letter_tokenizer()(["a b c", "b b c"], return_tensors="pt")
+    with torch.no_grad():
+        outputs = tiny_bert(0, num_labels=2).eval()(**batch, labels=torch.tensor([0, 1]))
+    full = pd.read_csv(tmp_path / "x.csv").query("level == 0").iloc[0]
+    assert full["loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+    assert full["accuracy"] == (outputs.logits.argmax(-1) == torch.tensor([0, 1])).float().mean().item()
+
+
+def test_class_names_are_labels_too(models, data, tmp_path, capsys):
+    named = write(
+        tmp_path / "named.jsonl", [{"sentence": f"{a} b c", "label": {"a": "bad", "b": "good"}[a]} for a in "abab"]
+    )
+    numbers, names = (curve(capsys, models[0], "--data", file, "--seeds", "1") for file in (data, named))
+    assert numbers == names
+
+
+def test_rows_of_tokens_with_segments_get_a_curve_of_crops(tmp_path, capsys):
+    model = save(tmp_path / "model", tiny_bert())
+    rows = [{**row, "crop_segments": [0, 1, 1, 2, 2, 2, 0, 0]} for row in token_data(rows=6)]
+    out = curve(capsys, model, "--data", write(tmp_path / "rows.jsonl", rows), "--seeds", "2", "--drops", "1")
+    assert re.findall(r"model +(drops|crops) +(\d)", out) == [
+        ("drops", "0"),
+        ("drops", "1"),
+        *(("crops", str(k)) for k in range(3)),
+    ]
+
+
+def test_answers_to_questions_are_scored_as_text(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = save(tmp_path / "qa", BertForQuestionAnswering(BertConfig(**SMALL)))
+    rows = [
+        {"question": "a b", "context": "c d e f g", "answers": {"text": ["d e"], "answer_start": [2]}},
+        {"question": "b", "context": " ".join("abcdefghijklm" * 3), "answers": {"text": ["b"], "answer_start": [2]}},
+    ]
+    out = curve(capsys, model, "--data", write(tmp_path / "qa.jsonl", rows), "--seeds", "1")
+    assert "exact_match" in out
+
+
+def test_right_positions_score_100_percent(tmp_path):
+    context = " ".join("abcdefghijklm" * 3)
+    rows = Dataset.from_list(
+        [{"question": "z", "context": context, "answers": {"text": ["k l m a"], "answer_start": [20]}}]
+    )
+    data = prepare("question-answering", rows, letter_tokenizer(), BertConfig(**SMALL), None, 32)
+    starts, ends = (
+        torch.nn.functional.one_hot(torch.tensor(data.dataset[name]), 32).float().numpy()
+        for name in ("start_positions", "end_positions")
+    )
+    assert len(starts) > 1  # the context takes several windows
+    assert max(data.dataset["start_positions"]) > 0
+    scores = data.compute_metrics(EvalPrediction(predictions=(starts, ends), label_ids=None))
+    assert scores == {"exact_match": 100.0, "f1": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--columns", "text"], "needs the column 'text'; the data has sentence, label"),
+        (["--names", "a"], "1 names for 2 models"),
+        (["--task", "question-answering"], "needs the column 'question'"),
+        (["--dropout", "2"], "--cmp_dropout 2.0 is no dropout rate"),
+        (["--seeds", "0"], "no seeds"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_wrong_command_line_ends_with_one_line(change, message, models, data, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["curve", *models, "--data", data, *change])
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_label_the_model_does_not_know_is_refused(models, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        curve(capsys, models[0], "--data", write(tmp_path / "x.jsonl", [{"sentence": "a", "label": 7}]))
+    assert "label 7 is none of the model's: 0 (bad), 1 (good)" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_said(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        curve(capsys, str(tmp_path), "--data", data)
+    assert "holds no saved model and tokenizer" in capsys.readouterr().err
+
+
+def test_the_command_and_the_trainer_measure_the_same(models, data, tmp_path, capsys):
+    curve(capsys, models[0], "--data", data, "--seeds", "2", "--output", str(tmp_path / "x"))
+    encoded = letter_tokenizer()(["a b c", "b b c"] * 2)
+    rows = Dataset.from_dict({**encoded, "labels": [0, 1, 0, 1]})
+    trainer = cmp_trainer(tmp_path / "baseline", tiny_bert(0, num_labels=2), rows, per_device_eval_batch_size=32)
+    ours = trainer.evaluate_ablations(seeds=[0, 1])
+    theirs = pd.read_csv(tmp_path / "x.csv")
+    assert theirs["loss"].tolist() == pytest.approx(ours["loss"].tolist(), rel=1e-6)

@@ -1,0 +1,95 @@
+"""Low memory: the same loss and gradients, with the graph of one variant at a time."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
+
+OBJECTIVES = [
+    {},
+    {"cmp_baseline": "first"},
+    {"cmp_ranking": "listwise", "cmp_temperature": 2.0},
+    {"cmp_objective": "regularized", "cmp_primary": "mean"},
+    {"cmp_objective": "regularized", "cmp_primary": "full", "cmp_weight": 0.0},
+]
+
+
+def step(tmp_path, **changes):
+    """Loss, gradients, number of forwards with a graph and logged losses of one training step."""
+    model = tiny_bert(hidden_dropout_prob=0.3)
+    trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=3, cmp_forward="sequential", **changes)
+    trainer.current_gradient_accumulation_steps = changes.get("gradient_accumulation_steps", 1)
+    trainer.create_optimizer()
+    trainer._first_step_is_checked = True
+    rows_with_graph = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            rows_with_graph.append(len(kwargs["input_ids"])) if torch.is_grad_enabled() else None
+        ),
+        with_kwargs=True,
+    )
+    torch.manual_seed(5)
+    loss = trainer.training_step(model, batch_of(token_data(), range(8)))
+    return loss, gradients(model), rows_with_graph, trainer._train_losses.pop()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_loss_gradients_and_logs_are_those_of_the_plain_step(objective, accumulation, tmp_path):
+    changes = {**objective, "gradient_accumulation_steps": accumulation}
+    plain_loss, plain_gradients, _, plain_log = step(tmp_path, **changes)
+    loss, found, _, log = step(tmp_path, cmp_low_memory=True, **changes)
+    torch.testing.assert_close(loss, plain_loss)
+    torch.testing.assert_close(found, plain_gradients, rtol=1e-4, atol=1e-7)
+    assert log == pytest.approx(plain_log)
+
+
+def test_variants_without_weight_are_not_run_again(tmp_path):
+    _, _, rows, _ = step(
+        tmp_path, cmp_low_memory=True, cmp_objective="regularized", cmp_primary="full", cmp_weight=0.0
+    )
+    assert rows == [8, 8]  # the last variant, whose graph comes before its weight is known, and the full one
+
+
+def test_examples_without_weight_are_left_out_of_the_full_variant(tmp_path):
+    _, _, rows, log = step(tmp_path, cmp_low_memory=True, cmp_baseline="first")
+    assert 0 < log["violation_rate"] < 1  # some full models are already best, and get no push of their own
+    assert rows[-1] < 8
+
+
+def test_no_more_than_one_graph_is_alive(tmp_path):
+    """What autograd saves for backward, at its highest: one variant's, not 1 + c times that."""
+
+    def peak(**changes):
+        held = {"now": 0, "peak": 0}
+
+        class Saved:
+            def __init__(self, tensor):
+                self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+                held["now"] += self.size
+                held["peak"] = max(held["peak"], held["now"])
+
+            def __del__(self):
+                held["now"] -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            step(tmp_path, **changes)
+        return held["peak"]
+
+    plain = peak(cmp_objective="regularized", cmp_primary="mean") / 4  # 1 + c variants
+    assert peak(cmp_objective="regularized", cmp_primary="mean", cmp_low_memory=True) < 1.1 * plain
+
+
+def test_a_loss_of_the_users_works_too(tmp_path):
+    def function(outputs, inputs):
+        return F.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+
+    plain = step(tmp_path, per_example_loss_func=function)
+    low = step(tmp_path, per_example_loss_func=function, cmp_low_memory=True)
+    torch.testing.assert_close(low[1], plain[1], rtol=1e-4, atol=1e-7)
+
+
+def test_low_memory_and_stacking_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="--cmp_forward stacked holds all variants at once"):
+        cmp_trainer(tmp_path, cmp_num_ablations=1, cmp_low_memory=True, cmp_forward="stacked")

@@ -1,0 +1,138 @@
+"""Stacked forwards compute what single ones do, and are refused where they cannot."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BartConfig, BartForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from cmp_trainer.dropout import CmpDrop
+from cmp_trainer.forwards import stacking_pays
+from cmp_trainer.stacked import CannotStack, StackedDrop
+from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
+
+ROWS = torch.ones(3, 5, 40)
+QUERY, IDENTITY = torch.zeros(3, 2, 6, 4), torch.eye(6).expand(3, 2, 6, 6)
+
+
+def tiny_bart():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForSequenceClassification(BartConfig(vocab_size=40, **sizes, **heads, num_labels=3, eos_token_id=2))
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes, decoder_start_token_id=0))
+
+
+def eos_batch():
+    batch = batch_of(token_data())
+    batch["input_ids"][:, -1] = 2
+    return batch
+
+
+def text_batch():
+    batch = batch_of(token_data())
+    return {**batch, "labels": batch["input_ids"]}
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_every_group_gets_the_masks_of_a_forward_of_its_own(p):
+    torch.manual_seed(3)
+    with StackedDrop([0, 1, 3]):
+        groups = F.dropout(torch.cat([ROWS] * 3), p).chunk(3)
+    state_after = torch.get_rng_state()
+    for drops, group in zip([0, 1, 3], groups, strict=True):
+        torch.manual_seed(3)
+        with CmpDrop(drops):
+            assert torch.equal(F.dropout(ROWS, p), group)
+    assert torch.equal(torch.get_rng_state(), state_after)
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(1, 1, 6, 6), torch.randn(3, 1, 6, 6)], ids=["no", "shared", "own"])
+def test_attention_gets_them_too_with_any_mask(mask):
+    def attend(query, key, value, attn_mask):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, dropout_p=0.4)
+
+    stacked_mask = torch.cat([mask] * 2) if mask is not None and len(mask) > 1 else mask
+    torch.manual_seed(3)
+    with StackedDrop([0, 2]):
+        groups = attend(*(torch.cat([t] * 2) for t in (QUERY, QUERY, IDENTITY)), stacked_mask).chunk(2)
+    for drops, group in zip([0, 2], groups, strict=True):
+        torch.manual_seed(3)
+        with CmpDrop(drops):
+            torch.testing.assert_close(attend(QUERY, QUERY, IDENTITY, mask), group)
+
+
+def test_attention_called_by_keywords_gets_them_too():
+    query, key, value = torch.randn(3, 6, 2, 5, 4).unbind()
+    torch.manual_seed(0)
+    with StackedDrop([1, 2]):
+        named = F.scaled_dot_product_attention(query=query, key=key, value=value, dropout_p=0.3)
+    torch.manual_seed(0)
+    with StackedDrop([1, 2]):
+        torch.testing.assert_close(named, F.scaled_dot_product_attention(query, key, value, dropout_p=0.3))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
+@pytest.mark.parametrize(
+    ("make_model", "make_batch"),
+    [(tiny_bert, lambda: batch_of(token_data())), (tiny_bart, eos_batch), (tiny_t5, text_batch)],
+    ids=["bert", "bart", "t5"],
+)
+def test_losses_and_gradients_are_those_of_single_forwards(make_model, make_batch, checkpointing, tmp_path):
+    found = []
+    for forward in ("sequential", "stacked"):
+        model = make_model()
+        trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=2, cmp_forward=forward)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+        torch.manual_seed(5)
+        loss = trainer.compute_loss(model.train(), make_batch())
+        assert trainer._can_stack == (forward == "stacked")
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_of_a_stacked_step_are_those_of_the_full_model(tmp_path):
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2, cmp_forward="stacked")
+    batch = batch_of(token_data())
+    _, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    torch.testing.assert_close(outputs.logits, trainer.model.eval()(**batch).logits)
+
+
+def bert_with_batch_norm():
+    model = tiny_bert()
+    model.classifier = nn.Sequential(nn.BatchNorm1d(16), model.classifier)
+    return model
+
+
+def test_a_model_whose_rows_depend_on_each_other_is_run_variant_by_variant(tmp_path):
+    trainer = cmp_trainer(tmp_path, bert_with_batch_norm(), cmp_num_ablations=2)
+    trainer.compute_loss(trainer.model.train(), batch_of(token_data()))
+    assert not trainer._can_stack
+
+
+def test_and_refused_where_stacking_was_asked_for(tmp_path):
+    trainer = cmp_trainer(tmp_path, bert_with_batch_norm(), cmp_num_ablations=2, cmp_forward="stacked")
+    with pytest.raises(ValueError, match=r"--cmp_forward stacked .* model: classifier\.0 is a batch norm"):
+        trainer.compute_loss(trainer.model.train(), batch_of(token_data()))
+
+
+def test_time_major_layers_are_refused():
+    layer = nn.MultiheadAttention(40, 2, dropout=0.5)
+    with pytest.raises(CannotStack, match="multi_head_attention_forward drops"), StackedDrop([0, 1]):
+        layer(ROWS, ROWS, ROWS)
+
+
+def test_auto_stacks_small_batches_on_the_cpu_only():
+    small, large = {"input_ids": torch.ones(4, 64)}, {"input_ids": torch.ones(32, 128)}
+    assert stacking_pays(small, torch.device("cpu"))
+    assert not stacking_pays(large, torch.device("cpu"))
+    assert not stacking_pays(small, torch.device("meta"))
