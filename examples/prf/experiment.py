@@ -1,0 +1,199 @@
+"""One experiment: a first pass, and reformulators that are trained on it and evaluated in it.
+
+The first pass (encoder, encoded corpus, index, runs of the queries as they are) is made once and kept in
+`first_pass_dir`; every training, fold and evaluation reads it from there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from arguments import PrfArguments
+from collection import Collection, load_collection
+from encoding import EncodedCorpus, encode_corpus, encode_texts, import_sparse_vectors
+from evaluation import CollectionResult, per_query
+from feedback import FeedbackCollator, training_queries
+from first_pass import DenseIndex, Index, SparseIndex, bm25_run, search_run
+from pool_loss import PoolLoss, training_pool
+from reformulators import DenseReformulator, Reformulator, SparseReformulator
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trec_runs import Run, read_run, write_run
+
+from cmp_trainer import CmpTrainer, CmpTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class Experiment:
+    """The first pass, shared by all trainings: encoder, encoded corpus, index, and the runs of its queries.
+
+    Raises ValueError where collections do not share a corpus, or `first_pass_dir` belongs to other ones."""
+
+    def __init__(self, data_args: PrfArguments) -> None:
+        self.args = data_args
+        self.folder = Path(data_args.first_pass_dir)
+        self.train = load_collection(data_args.train_collection) if data_args.train_collection else None
+        self.tests = [load_collection(name) for name in data_args.test_collections]
+        loaded = [*([self.train] if self.train else []), *self.tests]
+        if not loaded:
+            raise ValueError("no collection; give --train_collection or --test_collections")
+        self.passages = loaded[0].passages
+        if any(one.passages is not self.passages for one in loaded[1:]):
+            raise ValueError("the collections have different corpora; train and test in one corpus at a time")
+        encoder = data_args.passage_encoder or data_args.model_name_or_path
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(data_args.model_name_or_path)
+        self.passage_tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(encoder)
+        self.encoder = self.load_encoder(encoder)
+        self.corpus = self.encoded_corpus()
+        with PartialState().main_process_first():
+            self.index = self.open_index()
+
+    def load_encoder(self, name: str) -> Reformulator:
+        """A reformulator as it is before training, or a trained one where `name` is the folder of one."""
+        device: Any = PartialState().device
+        kind = DenseReformulator if self.args.representation == "dense" else SparseReformulator
+        if is_reformulator(name, kind):
+            return kind.from_pretrained(name).to(device)
+        settings = {"normalize": self.args.normalize, "scale": self.args.scale}
+        if kind is DenseReformulator:
+            settings["pooling"] = self.args.pooling
+        return kind.from_encoder(name, **settings).to(device)
+
+    def encoded_corpus(self) -> EncodedCorpus:
+        folder, tokenizer = self.folder / "vectors", self.passage_tokenizer
+        if self.args.passage_vectors:
+            return import_sparse_vectors(
+                self.args.passage_vectors, tokenizer, self.passages, folder, self.args.passage_vector_scale
+            )
+        return encode_corpus(
+            self.encoder,
+            tokenizer,
+            self.passages,
+            folder,
+            max_length=self.args.encoding_length,
+            batch_size=self.args.encoding_batch_size,
+            dtype=self.args.encoding_dtype,
+        )
+
+    def open_index(self) -> Index:
+        if self.args.representation == "sparse":
+            return SparseIndex(self.corpus, self.folder / "postings")
+        path = self.folder / f"{self.args.index.replace(',', '-')}.faiss"
+        return DenseIndex(self.corpus, path, self.args.index, self.args.index_depth)
+
+    def tests_with_runs(self) -> list[tuple[Collection, Run]]:
+        """The test collections, each with its first-pass run."""
+        files = self.args.test_runs or [None] * len(self.tests)
+        depth = self.args.retrieval_depth
+        return [(test, self.first_pass(test, depth, file)) for test, file in zip(self.tests, files, strict=True)]
+
+    def train_with_run(self) -> tuple[Collection, Run] | None:
+        """The training collection with its first-pass run, no deeper than training looks."""
+        depth = max(self.args.candidates, self.args.feedback_passages)
+        return (self.train, self.first_pass(self.train, depth, self.args.train_run)) if self.train else None
+
+    def first_pass(self, collection: Collection, depth: int, given: str | None = None) -> Run:
+        """The run of the collection's queries as they are: given, found from before, or searched."""
+        form = f"length-{self.args.query_length}.depth-{depth}"  # encoder and corpus are the folder's
+        path = Path(given) if given else self.folder / "runs" / f"{file_name(collection.name)}.{form}.trec"
+        with PartialState().main_process_first():
+            if given is None and not path.exists():
+                write_run(self.search(self.encoder, collection, depth=depth), path, "first_pass")
+        found = read_run(path)
+        lacking = [query for query in collection.queries if query not in found]
+        if lacking:
+            raise ValueError(f"{path} lacks {len(lacking)} queries, e.g. {lacking[0]}; remove or complete it")
+        return {query: found[query] for query in collection.queries}
+
+    def search(
+        self,
+        model: Reformulator,
+        collection: Collection,
+        feedback: Run | None = None,
+        number: int = 0,
+        depth: int | None = None,
+    ) -> Run:
+        """The run of the queries as `model` writes them with their first `number` feedback passages."""
+        vectors = encode_texts(
+            model,
+            self.passage_tokenizer if model is self.encoder else self.tokenizer,
+            list(collection.queries.values()),
+            feedback=[self.texts(feedback[query][:number]) if feedback else [] for query in collection.queries],
+            max_length=self.args.query_length,
+            feedback_length=self.args.passage_length,
+            total_length=self.args.total_length,
+            batch_size=self.args.encoding_batch_size,
+            form=self.args.representation,
+        )
+        return search_run(
+            self.index, vectors, list(collection.queries), self.passages, depth or self.args.retrieval_depth
+        )
+
+    def texts(self, ranked: list[tuple[str, float]]) -> list[str]:
+        return self.passages.texts([self.passages.row_of[document] for document, _ in ranked]) if ranked else []
+
+
+def make_trainer(
+    experiment: Experiment, args: CmpTrainingArguments, train: Collection, first_pass: Run, model: Reformulator
+) -> CmpTrainer:
+    """A CmpTrainer of these queries, with the loss over their training pool."""
+    settings, passages = experiment.args, experiment.passages
+    ranked = {query: [passages.row_of[document] for document, _ in first_pass[query]] for query in train.queries}
+    positives = train.positives()
+    candidates = {query: rows[: settings.candidates] for query, rows in ranked.items()}
+    rows, vectors = training_pool(experiment.corpus, candidates, positives)
+    in_pool = {query: np.searchsorted(rows, found).tolist() for query, found in positives.items()}
+    feedback = {query: found[: settings.feedback_passages] for query, found in ranked.items()}
+    queries = training_queries(train.queries, in_pool, feedback)
+    logger.info("%d training queries, a pool of %d passages", len(queries), len(rows))
+    collator = FeedbackCollator(
+        experiment.tokenizer,
+        passages.texts,
+        most=settings.feedback_passages,
+        num_crops=args.cmp_num_crops,
+        query_length=settings.query_length,
+        passage_length=settings.passage_length,
+        total_length=settings.total_length,
+    )
+    return CmpTrainer(
+        model=model,
+        args=args,
+        train_dataset=queries,
+        data_collator=collator,
+        processing_class=experiment.tokenizer,
+        per_example_loss_func=PoolLoss(vectors, args.device, settings.pool_chunk_size),
+    )
+
+
+def evaluate(
+    experiment: Experiment, model: Reformulator, test: Collection, first_pass: Run, fold: int, folder: Path
+) -> CollectionResult:
+    """Search the reformulated queries at 0, 1, … feedback passages over the whole corpus; the runs are written."""
+    bm25 = bm25_run(test.passages, test.queries, experiment.folder / "bm25", experiment.args.retrieval_depth)
+    reformulated = []
+    for number in range(experiment.args.feedback_passages + 1):
+        found = experiment.search(model, test, first_pass, number)
+        write_run(found, folder / "runs" / f"{file_name(test.name)}.{number}.trec", f"feedback-{number}")
+        reformulated.append(values_of(test, found))
+    folds = [fold] * len(test.queries)
+    return CollectionResult(
+        list(test.queries), folds, values_of(test, first_pass), values_of(test, bm25), reformulated
+    )
+
+
+def values_of(collection: Collection, found: Run) -> dict[str, list[float]]:
+    return {measure: values.tolist() for measure, values in per_query(collection, found).items()}
+
+
+def is_reformulator(name: str, kind: Any) -> bool:
+    config = Path(name) / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type") == kind.config_class.model_type
+
+
+def file_name(collection: str) -> str:
+    return collection.replace("/", "-").replace(":", "-")

@@ -1,0 +1,146 @@
+"""Queries with their feedback passages, as the reformulator reads them.
+
+`[CLS] query [SEP] passage 1 [SEP] … passage k [SEP]`, each text cut to its own limit and the whole to the encoder's.
+In training the full variant of a query has a random number of feedback passages, and every crop keeps strictly fewer,
+a prefix of the same list: with c crops the 1 + c numbers are a random subset of {0, …, most}, largest first. The
+collator draws its largest here; `CmpCrop` in prefix order draws the rest, by the segments that the collator marks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingQuery:
+    """`feedback`: corpus rows, best first. `positives`: rows of the training pool, not of the corpus."""
+
+    text: str
+    feedback: list[int]
+    positives: list[int]
+
+
+class TrainingQueries(Dataset):
+    """The queries to train on; those without a positive must be left out before (see `training_queries`)."""
+
+    def __init__(self, queries: list[TrainingQuery]) -> None:
+        self.queries = queries
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, index: int) -> TrainingQuery:
+        return self.queries[index]
+
+
+@dataclass
+class FeedbackCollator:
+    """Training queries -> input_ids, attention_mask, crop_segments (batch, length) and labels (batch, 1, positives).
+
+    `labels` are pool rows padded with -100; their middle axis keeps them from looking like one label for each token.
+
+    Args:
+        texts: gives the texts of corpus rows.
+        most: the largest number of feedback passages.
+        num_crops: how many strictly smaller numbers must be left below the one drawn here.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    texts: Callable[[Sequence[int]], list[str]]
+    most: int = 5
+    num_crops: int = 0
+    query_length: int = 128
+    passage_length: int = 128
+    total_length: int | None = 512
+
+    def __post_init__(self) -> None:
+        if self.num_crops > self.most:
+            raise ValueError(
+                f"--cmp_num_crops {self.num_crops} needs {self.num_crops + 1} different numbers of feedback passages, "
+                f"but --feedback_passages {self.most} allows {self.most + 1}; lower the one or raise the other"
+            )
+
+    def __call__(self, examples: Sequence[TrainingQuery]) -> dict[str, torch.Tensor]:
+        # The random state is torch's: Trainer restores it when it resumes.
+        drawn = [int(torch.randperm(self.most + 1)[: 1 + self.num_crops].max()) for _ in examples]
+        feedback = [self.texts(example.feedback[:number]) for example, number in zip(examples, drawn, strict=True)]
+        queries = [example.text for example in examples]
+        inputs = query_inputs(
+            self.tokenizer, queries, feedback, self.query_length, self.passage_length, self.total_length
+        )
+        segments = [torch.tensor(one.pop("crop_segments")) for one in inputs]
+        labels = [torch.tensor(example.positives) for example in examples]
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt", padding_side="right"))
+        return {
+            **batch,
+            "crop_segments": torch.nn.utils.rnn.pad_sequence(segments, batch_first=True),
+            "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).unsqueeze(1),
+        }
+
+
+def query_inputs(
+    tokenizer: PreTrainedTokenizerBase,
+    queries: Sequence[str],
+    feedback: Sequence[Sequence[str]],
+    query_length: int,
+    passage_length: int,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """`input_ids` and `crop_segments` (0 for the query, i for feedback passage i with its [SEP]) of each query.
+
+    The lengths count text tokens and the special ones beside them; `limit` is for the whole. Raises ValueError for a
+    tokenizer without the special tokens that part the texts."""
+    first, separator = special_ids(tokenizer)
+    query_ids = token_ids(tokenizer, queries, query_length - 2)
+    passage_ids = iter(token_ids(tokenizer, [text for texts in feedback for text in texts], passage_length - 1))
+    inputs = []
+    for query, texts in zip(query_ids, feedback, strict=True):
+        ids, segments = [first, *query, separator], [0] * (len(query) + 2)
+        for number in range(1, len(texts) + 1):
+            passage = [*next(passage_ids), separator]
+            ids += passage
+            segments += [number] * len(passage)
+        inputs.append({"input_ids": ids[:limit], "crop_segments": segments[:limit]})
+    return inputs
+
+
+def training_queries(
+    queries: dict[str, str], positives: dict[str, list[int]], feedback: dict[str, list[int]]
+) -> TrainingQueries:
+    """Queries with a positive; the others, and those without feedback, are skipped and counted."""
+    usable = [query for query in queries if positives.get(query) and feedback.get(query)]
+    if len(usable) < len(queries):
+        without = sum(1 for query in queries if not positives.get(query))
+        logger.warning(
+            "%d of %d training queries are skipped: %d have no positive in the corpus, %d no feedback passages",
+            len(queries) - len(usable), len(queries), without, len(queries) - len(usable) - without,
+        )  # fmt: skip
+    if not usable:
+        raise ValueError("no training query has a positive passage; do the ids of qrels and corpus agree?")
+    return TrainingQueries([TrainingQuery(queries[query], feedback[query], positives[query]) for query in usable])
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer {type(tokenizer).__name__} lacks a cls, sep or pad token; reformulators read "
+            "[CLS] query [SEP] passage [SEP] …, so take an encoder that has them (BERT, RoBERTa, …)"
+        )
+    first: Any = tokenizer.cls_token_id
+    separator: Any = tokenizer.sep_token_id
+    return first, separator
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str] | Sequence[str], length: int) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=length)["input_ids"]

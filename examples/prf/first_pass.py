@@ -1,0 +1,175 @@
+"""First-pass retrieval: the passages that feedback comes from, and every reformulated query's search after it.
+
+- `DenseIndex`: FAISS by inner product, any index of its factory (`Flat`, `HNSW32`, `IVF4096,Flat`, `IVF16384,PQ96`).
+- `SparseIndex`: an inverted index as a SciPy matrix (vocabulary, passages), so that a query costs its terms' postings.
+- `bm25_run`: BM25 by bm25s, the reference that needs no encoder.
+
+An index is built from an encoding once, saved, and memory-mapped when loaded. Its card names encoder and corpus; an
+index of other ones is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import scipy.sparse as sp
+from collection import Passages
+from encoding import EncodedCorpus, Vectors
+from tqdm.auto import tqdm
+from trec_runs import Run, run_from_rows
+
+SEARCH_BATCH = 256
+TRAINING_VECTORS = 1_000_000  # of an IVF or PQ index; FAISS takes at most 256 for each centroid
+
+
+class DenseIndex:
+    """Search in a FAISS index.
+
+    Args:
+        corpus: the encoding to index.
+        path: the index file. Loaded where it exists, otherwise built and saved there.
+        factory: what FAISS's `index_factory` takes.
+        depth: how many lists of an IVF index, or candidates of an HNSW one, a search visits; more is more exact.
+
+    Raises:
+        ValueError: the index at `path` is of another encoding or factory.
+    """
+
+    def __init__(self, corpus: EncodedCorpus, path: Path, factory: str = "Flat", depth: int = 128) -> None:
+        card_path = path.with_suffix(".json")
+        card = asdict(corpus.card) | {"factory": factory}
+        if path.exists():
+            check_card(card_path, card)
+        else:
+            build_index(corpus, path, factory)
+            card_path.write_text(json.dumps(card, indent=1) + "\n")
+        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        if self.index.ntotal != len(corpus) or self.index.d != corpus.card.dimension:
+            raise ValueError(
+                f"{path} holds {self.index.ntotal} vectors of dimension {self.index.d}, the encoding {len(corpus)} of "
+                f"{corpus.card.dimension}; remove the file to build it anew"
+            )
+        set_depth(self.index, depth)
+
+    def search(self, queries: Vectors, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and scores of the best passages, best first: (queries, number) each. Fewer passages than `number` are
+        all returned; an approximate index that finds fewer marks the rest with row -1."""
+        assert isinstance(queries, np.ndarray)
+        number = min(number, self.index.ntotal)
+        scores, rows = self.index.search(np.ascontiguousarray(queries, dtype=np.float32), number)
+        return rows, scores
+
+
+class SparseIndex:
+    """Search in an inverted index: postings (vocabulary, passages), mapped from three `.npy` files.
+
+    Raises:
+        ValueError: the index in `folder` is of another encoding.
+    """
+
+    def __init__(self, corpus: EncodedCorpus, folder: Path) -> None:
+        card = asdict(corpus.card)
+        card_path = folder / "index.json"
+        if card_path.exists():
+            check_card(card_path, card)
+        else:
+            build_postings(corpus, folder)
+            card_path.write_text(json.dumps(card, indent=1) + "\n")
+        data, indices, indptr = (
+            np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("data", "indices", "indptr")
+        )
+        shape = (corpus.card.dimension, len(corpus))
+        self.postings: Any = sp.csr_matrix((data, indices, indptr), shape=shape, copy=False)
+
+    def search(self, queries: Vectors, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and scores of the best passages, best first: (queries, number) each, with row -1 where a query shares a
+        term with fewer passages."""
+        queries = sp.csr_matrix(queries)
+        number = min(number, self.postings.shape[1])
+        rows = np.full((queries.shape[0], number), -1, dtype=np.int64)
+        scores = np.zeros((queries.shape[0], number), dtype=np.float32)
+        for place in range(queries.shape[0]):
+            found = (queries[place] @ self.postings).tocsr()  # (1, passages)
+            best = np.lexsort((found.indices, -found.data))[:number]
+            rows[place, : len(best)], scores[place, : len(best)] = found.indices[best], found.data[best]
+        return rows, scores
+
+
+Index = DenseIndex | SparseIndex
+
+
+def search_run(index: Index, queries: Vectors, query_ids: Sequence[str], passages: Passages, number: int) -> Run:
+    """The run of these query vectors, with a progress bar over batches of queries."""
+    run: Run = {}
+    for start in tqdm(range(0, len(query_ids), SEARCH_BATCH), desc="search", unit="batch", leave=False):
+        rows, scores = index.search(queries[start : start + SEARCH_BATCH], number)
+        for query, found, values in zip(query_ids[start : start + SEARCH_BATCH], rows, scores, strict=True):
+            exists = found >= 0
+            run |= run_from_rows([query], [found[exists]], [values[exists]], passages.ids)
+    return run
+
+
+def bm25_run(passages: Passages, queries: dict[str, str], folder: Path, number: int) -> Run:
+    """BM25 with bm25s' own settings (Lucene's variant, k1 1.5, b 0.75, English stop words). The index is kept."""
+    import bm25s
+
+    if (folder / "corpus.txt").exists():
+        if (folder / "corpus.txt").read_text() != passages.fingerprint:
+            raise ValueError(f"{folder} is the BM25 index of another corpus; give another folder or remove it")
+        retriever = bm25s.BM25.load(folder, mmap=True)
+    else:
+        retriever = bm25s.BM25()
+        retriever.index(bm25s.tokenize(passages.dataset["text"][:], stopwords="en"))
+        retriever.save(folder)
+        (folder / "corpus.txt").write_text(passages.fingerprint)
+    tokens = bm25s.tokenize(list(queries.values()), stopwords="en", show_progress=False)
+    rows, scores = retriever.retrieve(tokens, k=min(number, len(passages)), show_progress=False)
+    matching = [values > 0 for values in scores]  # without a common term there is no match
+    found = [one[keep] for one, keep in zip(rows, matching, strict=True)]
+    return run_from_rows(queries, found, [one[keep] for one, keep in zip(scores, matching, strict=True)], passages.ids)
+
+
+def build_index(corpus: EncodedCorpus, path: Path, factory: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    index = faiss.index_factory(corpus.card.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    if not index.is_trained:
+        sample = np.random.default_rng(0).permutation(len(corpus))[:TRAINING_VECTORS]
+        index.train(np.ascontiguousarray(corpus.rows(np.sort(sample)), dtype=np.float32))
+    for block in tqdm(corpus.blocks(), desc=f"indexing ({factory})", unit="block"):
+        index.add(np.ascontiguousarray(block, dtype=np.float32))
+    partial = path.with_name("partial-" + path.name)
+    faiss.write_index(index, str(partial))
+    partial.replace(path)
+
+
+def build_postings(corpus: EncodedCorpus, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    postings: Any = sp.hstack([block.T.tocsr() for block in corpus.blocks()], format="csr")
+    postings.sort_indices()
+    for part in ("data", "indices", "indptr"):
+        np.save(folder / f"{part}.npy", getattr(postings, part))
+
+
+def set_depth(index: faiss.Index, depth: int) -> None:
+    if isinstance(index, faiss.IndexIVF):
+        index.nprobe = min(depth, index.nlist)
+    elif isinstance(index, faiss.IndexHNSW):
+        index.hnsw.efSearch = depth
+
+
+def check_card(path: Path, card: dict) -> None:
+    found = json.loads(path.read_text())
+    differing = [
+        f"{key}: there {found.get(key)}, here {value}" for key, value in card.items() if found.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"the index of {path} is of another encoder, corpus or setting ({'; '.join(differing)}); "
+            "give another folder, or remove this one to build it anew"
+        )
