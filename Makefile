@@ -1,0 +1,63 @@
+# Every target sets up the environment first if it is missing or out of date: make demo, make test, …
+PYTHON ?= python3
+VENV ?= .venv
+# Tests run side by side, one thread each.
+PYTEST_ARGS ?= -n 2 --dist loadgroup
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+# What has to hold with the oldest transformers too.
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,comparative_losses variants dropout stacked low_memory \
+	training_args trainer checks checkpoints))
+READY_OLDEST := $(VENV)-oldest/.ready
+
+.PHONY: help env demo test test-oldest lint format typecheck docs dist
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+env: $(READY) ## the environment in $(VENV)
+
+$(READY): setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,prf]'
+	touch $@
+
+demo: $(READY) ## train a small model as baseline and with two ablations: a table and runs/demo/losses.png
+	$(BIN)/python examples/demo/demo.py
+
+test: $(READY) ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(READY_OLDEST): setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-oldest.txt \
+		-e . hypothesis pytest pytest-xdist
+	touch $@
+
+test-oldest: $(READY_OLDEST) ## the core suite with the oldest transformers
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS) $(CORE_TESTS)
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## let ruff write its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(READY) ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(READY) ## the documentation in site/; fails on a broken link or reference
+	$(BIN)/python -m mkdocs build --strict
+
+dist: $(READY) ## sdist and wheel in dist/, checked; the wheel, in a fresh environment, runs the demo
+	rm -rf dist $(VENV)-dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt "$$(ls dist/*.whl)[plot]"
+	$(VENV)-dist/bin/python examples/demo/demo.py
