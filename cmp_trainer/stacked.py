@@ -55,15 +55,21 @@ class StackedDrop(CmpDrop):
             raise CannotStack(
                 f"{func.__name__} drops a tensor of shape {tuple(first.shape)}, not {num_groups} groups."
             )
+        # Split, not sliced: that is one node of the graph, and backward fills no whole tensor for each group.
+        group_args = [_groups(value, num_rows, num_groups) for value in args]
+        group_kwargs = {key: _groups(value, num_rows, num_groups) for key, value in kwargs.items()}
         device, outputs = first.device, []
         state = generator_state(device)
         for group, rate in enumerate(rates):
             set_generator_state(device, state)
-            rows = slice(group * num_rows // num_groups, (group + 1) * num_rows // num_groups)
-            group_args = tuple(_rows(value, rows, num_rows) for value in args)
-            group_kwargs = {key: _rows(value, rows, num_rows) for key, value in kwargs.items()}
-            group_args, group_kwargs = with_rate(rate, position, name, group_args, group_kwargs)
-            outputs.append(func(*group_args, **group_kwargs))
+            ours, ours_by_name = with_rate(
+                rate,
+                position,
+                name,
+                tuple(values[group] for values in group_args),
+                {key: values[group] for key, values in group_kwargs.items()},
+            )
+            outputs.append(func(*ours, **ours_by_name))
         return torch.cat(outputs)
 
     def again(self) -> "StackedDrop":
@@ -111,8 +117,11 @@ def first_group(outputs: Any, num_groups: int) -> Any:
     return outputs
 
 
-def _rows(value: Any, rows: slice, num_rows: int) -> Any:
-    return value[rows] if isinstance(value, Tensor) and _has_rows(value, num_rows) else value
+def _groups(value: Any, num_rows: int, num_groups: int) -> Sequence[Any]:
+    """An argument of a dropout call for each group: its rows of a tensor with the batch's rows, else the argument."""
+    if isinstance(value, Tensor) and _has_rows(value, num_rows):
+        return value.split(num_rows // num_groups)
+    return [value] * num_groups
 
 
 def _has_rows(value: Tensor, num_rows: int) -> bool:

@@ -69,6 +69,7 @@ class CmpTrainerMixin(ReportsPushes):
         self.per_example_loss_func = per_example_loss_func
         self._train_losses, self._eval_losses = LossLog(), LossLog()
         self._first_step_is_checked, self._can_stack = False, False
+        self._bare: tuple[Any, Any] = (None, None)
         self.ablations: pd.DataFrame | None = None
         self._recompute = RecomputeUnderCmpDrop()
         self.add_callback(self._recompute)
@@ -234,9 +235,13 @@ class CmpTrainerMixin(ReportsPushes):
 
     @property
     def _bare_model(self) -> nn.Module:
-        """The user's model inside of what training wraps around it."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        """The user's model inside of what training wraps around it; looked for once, as it costs a walk of modules."""
+        wrapped, bare = self._bare
+        if wrapped is not self.model:
+            wrapped, bare = self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+            self._bare = wrapped, bare
+        return bare
 
     def _check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Run the checks on this batch; False when it has no label to check with."""

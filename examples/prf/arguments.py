@@ -27,6 +27,7 @@ class PrfArguments:
     pooling: str = field(default="first", metadata={"help": "Dense: first token or mean"})
     normalize: bool = field(default=False, metadata={"help": "L2-normalize vectors"})
     scale: float = field(default=1.0, metadata={"help": "Factor of query and passage vectors, after normalization"})
+    log_saturation: bool = field(default=False, metadata={"help": "Sparse: log(1 + weight), as SPLADE's encoders"})
     passage_encoder: str | None = field(default=None, metadata={"help": "Where it is another than the reformulator"})
     passage_vectors: str | None = field(default=None, metadata={"help": "Sparse: folder of published jsonl vectors"})
     passage_vector_scale: float = field(default=1.0, metadata={"help": "Factor of the published vectors' weights"})
@@ -34,7 +35,8 @@ class PrfArguments:
     test_runs: list[str] = field(default_factory=list, metadata={"help": "TREC runs, one a test collection"})
     encoding_length: int = field(default=128, metadata={"help": "Tokens of a passage in the first pass"})
     encoding_batch_size: int = field(default=64, metadata={"help": "Passages or queries encoded at once"})
-    encoding_dtype: str = field(default="float32", metadata={"help": "Of the stored vectors: float32 or float16"})
+    encoding_dtype: str = field(default="float32", metadata={"help": "Of dense vectors: float32 or float16"})
+    encoding_terms: int | None = field(default=None, metadata={"help": "Sparse: a passage's largest weights; all"})
     index: str = field(default="Flat", metadata={"help": "FAISS factory string: Flat, HNSW32, IVF4096,Flat, …"})
     index_depth: int = field(default=128, metadata={"help": "IVF lists or HNSW candidates visited in a search"})
     feedback_passages: int = field(default=5, metadata={"help": "Largest number of feedback passages"})
@@ -50,6 +52,18 @@ class PrfArguments:
             raise ValueError(f"--representation {self.representation} is unknown; give dense or sparse")
         if self.passage_vectors and self.representation == "dense":
             raise ValueError("--passage_vectors are sparse; give --representation sparse, or leave them out")
+        if self.encoding_dtype != "float32" and self.representation == "sparse":
+            raise ValueError(
+                f"--encoding_dtype {self.encoding_dtype} is for dense vectors; leave it out, and bound the size of sparse "
+                "ones by --encoding_terms"
+            )
+        if self.representation == "dense" and (self.log_saturation or self.encoding_terms is not None):
+            raise ValueError("--log_saturation and --encoding_terms are for --representation sparse; leave them out")
+        if self.encoding_terms is not None and (self.encoding_terms < 1 or self.passage_vectors):
+            raise ValueError(
+                f"--encoding_terms {self.encoding_terms} is how many weights of a passage's vector are kept; give at least "
+                "1, and leave it out with --passage_vectors, which are taken whole"
+            )
         if self.num_folds is not None and (self.num_folds < 2 or self.test_collections or not self.train_collection):
             raise ValueError(
                 f"--num_folds {self.num_folds} splits --train_collection into at least 2 parts and tests on each; "

@@ -42,6 +42,7 @@ class EncodingCard:
     form: str  # dense or sparse
     dtype: str
     block_size: int = BLOCK_SIZE
+    terms: int | None = None
 
     def check(self, path: Path) -> None:
         """Raises ValueError where the card in `path` differs, naming each difference."""
@@ -95,8 +96,10 @@ def encode_corpus(
     batch_size: int = 64,
     dtype: str = "float32",
     block_size: int = BLOCK_SIZE,
+    terms: int | None = None,
 ) -> EncodedCorpus:
-    """Encode all passages, or what is missing of them, on every process of this launch.
+    """Encode all passages, or what is missing of them, on every process of this launch. Of a sparse vector the `terms`
+    largest weights are kept, or all of them.
 
     Raises ValueError where the folder holds the encoding of another encoder, corpus or setting."""
     folder = Path(folder)
@@ -104,12 +107,13 @@ def encode_corpus(
     card = EncodingCard(
         encoder=model_fingerprint(model), corpus=passages.fingerprint, passages=len(passages),
         dimension=model.dimension, max_length=max_length, form=form, dtype=dtype, block_size=block_size,
+        terms=terms,
     )  # fmt: skip
 
     def encode_block(rows: range) -> Vectors:
         texts = passages.texts(rows)
         vectors = encode_texts(model, tokenizer, texts, max_length=max_length, batch_size=batch_size, form=form)
-        return vectors.astype(dtype)
+        return (largest_terms(vectors, terms) if terms else vectors).astype(dtype)
 
     return write_blocks(folder, card, encode_block)
 
@@ -202,6 +206,15 @@ def encode_texts(
         parts.append(sp.csr_matrix(vectors) if form == "sparse" else vectors)
     model.train(was_training)
     return stack(parts, form)[np.argsort(order)]
+
+
+def largest_terms(vectors: sp.csr_matrix, number: int) -> sp.csr_matrix:
+    """The `number` largest weights of each row; of equal ones those of the first columns."""
+    rows = np.repeat(np.arange(vectors.shape[0]), np.diff(vectors.indptr))
+    order = np.lexsort((vectors.indices, -vectors.data, rows))
+    places = np.arange(len(order)) - vectors.indptr[rows]  # of each weight in its row, the largest first
+    kept = order[places < number]
+    return sp.csr_matrix((vectors.data[kept], (rows[kept], vectors.indices[kept])), shape=vectors.shape)
 
 
 def model_fingerprint(model: Reformulator) -> str:

@@ -6,7 +6,6 @@ The first pass (encoder, encoded corpus, index, runs of the queries as they are)
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from feedback import FeedbackCollator, training_queries
 from first_pass import DenseIndex, Index, SparseIndex, bm25_run, search_run
 from pool_loss import PoolLoss, training_pool
 from reformulators import DenseReformulator, Reformulator, SparseReformulator
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trec_runs import Run, read_run, write_run
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
@@ -62,6 +61,8 @@ class Experiment:
         settings = {"normalize": self.args.normalize, "scale": self.args.scale}
         if kind is DenseReformulator:
             settings["pooling"] = self.args.pooling
+        else:
+            settings["log_saturation"] = self.args.log_saturation
         return kind.from_encoder(name, **settings).to(device)
 
     def encoded_corpus(self) -> EncodedCorpus:
@@ -78,6 +79,7 @@ class Experiment:
             max_length=self.args.encoding_length,
             batch_size=self.args.encoding_batch_size,
             dtype=self.args.encoding_dtype,
+            terms=self.args.encoding_terms,
         )
 
     def open_index(self) -> Index:
@@ -191,8 +193,7 @@ def values_of(collection: Collection, found: Run) -> dict[str, list[float]]:
 
 
 def is_reformulator(name: str, kind: Any) -> bool:
-    config = Path(name) / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == kind.config_class.model_type
+    return isinstance(AutoConfig.from_pretrained(name), kind.config_class)
 
 
 def file_name(collection: str) -> str:

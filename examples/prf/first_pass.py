@@ -88,20 +88,31 @@ class SparseIndex:
         self.postings: Any = sp.csr_matrix((data, indices, indptr), shape=shape, copy=False)
 
     def search(self, queries: Vectors, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores of the best passages, best first: (queries, number) each, with row -1 where a query shares a
-        term with fewer passages."""
+        """Rows and scores of the best passages, best first, of equal ones the first row: (queries, number) each, with
+        row -1 where a query shares a term with fewer passages. One query at a time, so that the scores in memory are
+        those of one."""
         queries = sp.csr_matrix(queries)
         number = min(number, self.postings.shape[1])
         rows = np.full((queries.shape[0], number), -1, dtype=np.int64)
         scores = np.zeros((queries.shape[0], number), dtype=np.float32)
         for place in range(queries.shape[0]):
-            found = (queries[place] @ self.postings).tocsr()  # (1, passages)
-            best = np.lexsort((found.indices, -found.data))[:number]
-            rows[place, : len(best)], scores[place, : len(best)] = found.indices[best], found.data[best]
+            best, values = best_passages(queries[place], self.postings, number)
+            rows[place, : len(best)], scores[place, : len(best)] = best, values
         return rows, scores
 
 
 Index = DenseIndex | SparseIndex
+
+
+def best_passages(query: Any, postings: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores of the best passages for a query (1, vocabulary); sorted are only those that can be among them."""
+    found = (query @ postings).tocsr()  # (1, passages)
+    rows, scores = found.indices, found.data
+    if len(scores) > number:
+        possible = scores >= np.partition(scores, -number)[-number]
+        rows, scores = rows[possible], scores[possible]
+    best = np.lexsort((rows, -scores))[:number]
+    return rows[best], scores[best]
 
 
 def search_run(index: Index, queries: Vectors, query_ids: Sequence[str], passages: Passages, number: int) -> Run:

@@ -7,7 +7,8 @@ it. The same classes encode queries and passages alone (k = 0): the first pass i
 - `DenseReformulator`: first-token or mean pooling, optionally a linear layer with layer norm (the layout of
   castorini/ance-msmarco-passage: RoBERTa, linear 768, layer norm) and L2 normalization.
 - `SparseReformulator`: a masked-language-model head, maximum over the tokens, ReLU, special tokens zeroed, optionally
-  L2 normalization: one weight for each vocabulary entry.
+  log(1 + weight) and L2 normalization: one weight for each vocabulary entry. The maximum runs over every token of the
+  input, [CLS] and [SEP] too, as in the published reformulator and in SPLADE; what is zeroed is their entries.
 
 Sources: Yu et al., "Improving Query Representations for Dense Retrieval with Pseudo Relevance Feedback" (CIKM 2021);
 "LoL: A Comparative Regularization Loss over Query Reformulation Losses for Pseudo-Relevance Feedback" (SIGIR 2022).
@@ -132,7 +133,7 @@ class DenseReformulator(PreTrainedModel):
 
 
 class SparseReformulatorConfig(PretrainedConfig):
-    """`special_token_ids`: vocabulary entries that never get a weight."""
+    """`special_token_ids`: vocabulary entries that never get a weight. `log_saturation`: log(1 + weight), as SPLADE."""
 
     model_type = "prf-sparse-reformulator"
 
@@ -142,10 +143,12 @@ class SparseReformulatorConfig(PretrainedConfig):
         special_token_ids: list[int] | None = None,
         normalize: bool = True,
         scale: float = 1.0,
+        log_saturation: bool = False,
         **kwargs: Any,
     ) -> None:
         self.encoder = encoder
         self.special_token_ids = special_token_ids or []
+        self.log_saturation = log_saturation
         self.normalize = normalize
         self.scale = scale
         super().__init__(**kwargs)
@@ -179,19 +182,21 @@ class SparseReformulator(PreTrainedModel):
         vectors = logits.masked_fill(padding, float("-inf")).amax(dim=1).relu()
         special = torch.tensor(self.config.special_token_ids, dtype=torch.long, device=vectors.device)
         vectors = vectors.index_fill(1, special, 0.0)
+        if self.config.log_saturation:
+            vectors = vectors.log1p()
         if self.config.normalize:
             vectors = nn.functional.normalize(vectors, dim=-1)
         return ReformulatorOutput(query_vectors=vectors * self.config.scale)
 
     @classmethod
-    def from_encoder(cls, name: str, normalize: bool = True, scale: float = 1.0) -> SparseReformulator:
+    def from_encoder(
+        cls, name: str, normalize: bool = True, scale: float = 1.0, log_saturation: bool = False
+    ) -> SparseReformulator:
         """A reformulator that starts as the masked language model `name`, a Hub name or a folder."""
         source = AutoModelForMaskedLM.from_pretrained(name)
         special = sorted(AutoTokenizer.from_pretrained(name).all_special_ids)
-        config = SparseReformulatorConfig(
-            encoder=source.config.to_dict(), special_token_ids=special, normalize=normalize, scale=scale
-        )
-        model = cls(config)
+        settings = {"normalize": normalize, "scale": scale, "log_saturation": log_saturation}
+        model = cls(SparseReformulatorConfig(source.config.to_dict(), special, **settings))
         model.encoder.load_state_dict(source.state_dict())
         return model
 

@@ -46,7 +46,7 @@ def main() -> None:
         results = run_folds(experiment, args)
     else:
         results = run_split(experiment, args, experiment.train_with_run(), experiment.tests_with_runs())
-    if results:
+    if results and PartialState().is_main_process:
         report(results, Path(str(args.output_dir)), settings_of(data_args, args))
 
 
