@@ -3,7 +3,8 @@
 A small batch keeps a processor busy with overhead, not with arithmetic, and 1 + c small forwards pay it 1 + c times.
 Here the batch is repeated for G variants, (G * batch, …), the model runs once, and only the dropout calls treat the
 groups apart: each group is dropped at its own rate by PyTorch's own kernel, started from the random state in which
-the site was reached. So every group gets the very masks that a forward of its own would give it.
+the site was reached. So every group gets the very masks that a forward of its own would give it. On the CPU, where
+drawing a mask takes longer than applying it, plain dropout draws once for all groups, to the same masks.
 
 This asks of the model that rows come first in what it drops and do not depend on each other. Where they do (batch
 norm, time-major layers), the losses differ from those of single forwards, which is checked on the first batch.
@@ -55,6 +56,8 @@ class StackedDrop(CmpDrop):
             raise CannotStack(
                 f"{func.__name__} drops a tensor of shape {tuple(first.shape)}, not {num_groups} groups."
             )
+        if _draws_once(func, rates, first, args, kwargs):
+            return _drop_groups_at_once(first, rates)
         # Split, not sliced: that is one node of the graph, and backward fills no whole tensor for each group.
         group_args = [_groups(value, num_rows, num_groups) for value in args]
         group_kwargs = {key: _groups(value, num_rows, num_groups) for key, value in kwargs.items()}
@@ -115,6 +118,25 @@ def first_group(outputs: Any, num_groups: int) -> Any:
     if isinstance(outputs, (tuple, list)):
         return type(outputs)(first_group(value, num_groups) for value in outputs)
     return outputs
+
+
+def _draws_once(func: Callable, rates: Sequence[float], first: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is plain dropout, out of place and in train mode, on the CPU."""
+    training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+    inplace = args[3] if len(args) > 3 else kwargs.get("inplace", False)
+    plain = func in (F.dropout, torch.dropout) and training and not inplace
+    return plain and first.device.type == "cpu" and max(rates) < 1
+
+
+def _drop_groups_at_once(stacked: Tensor, rates: Sequence[float]) -> Tensor:
+    """Dropout of group g of the rows at `rates[g]`.
+
+    PyTorch's CPU kernel keeps a neuron where a uniform number in double precision is below 1 - rate. So one draw
+    of these numbers gives the masks of all groups, and leaves the random state where one call leaves it.
+    """
+    uniform = torch.empty_like(stacked[: len(stacked) // len(rates)], dtype=torch.float64).uniform_()
+    noise = torch.stack([(uniform < 1 - rate).to(stacked.dtype).div_(1 - rate) for rate in rates])
+    return stacked * noise.flatten(0, 1)
 
 
 def _groups(value: Any, num_rows: int, num_groups: int) -> Sequence[Any]:

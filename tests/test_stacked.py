@@ -39,16 +39,34 @@ def text_batch():
     return {**batch, "labels": batch["input_ids"]}
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_every_group_gets_the_masks_of_a_forward_of_its_own(p):
+def permuted(rows):
+    return rows.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+CALLS = {
+    "plain": F.dropout,
+    "torch's own": lambda rows, p: torch.dropout(rows, p, True),
+    "in place": lambda rows, p: F.dropout(rows.clone(), p, inplace=True),
+    "by keywords": lambda rows, p: F.dropout(rows, training=True, p=p),
+    "in eval mode": lambda rows, p: F.dropout(rows, p, training=False),
+    "whole channels": lambda rows, p: F.dropout1d(rows, p),
+    "rows in another memory order": lambda rows, p: F.dropout(permuted(rows), p),
+}
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("call", CALLS)
+def test_every_group_gets_the_masks_of_a_forward_of_its_own(call, dtype, p):
+    rows = ROWS.to(dtype)
     torch.manual_seed(3)
     with StackedDrop([0, 1, 3]):
-        groups = F.dropout(torch.cat([ROWS] * 3), p).chunk(3)
+        groups = CALLS[call](torch.cat([rows] * 3), p).chunk(3)
     state_after = torch.get_rng_state()
     for drops, group in zip([0, 1, 3], groups, strict=True):
         torch.manual_seed(3)
         with CmpDrop(drops):
-            assert torch.equal(F.dropout(ROWS, p), group)
+            assert torch.equal(CALLS[call](rows, p), group)
     assert torch.equal(torch.get_rng_state(), state_after)
 
 
