@@ -133,7 +133,8 @@ class DenseReformulator(PreTrainedModel):
 
 
 class SparseReformulatorConfig(PretrainedConfig):
-    """`special_token_ids`: vocabulary entries that never get a weight. `log_saturation`: log(1 + weight), as SPLADE."""
+    """`special_token_ids`: vocabulary entries that never get a weight. `log_saturation`: log(1 + weight), as in
+    SPLADE."""
 
     model_type = "prf-sparse-reformulator"
 
@@ -165,6 +166,7 @@ class SparseReformulator(PreTrainedModel):
     def __init__(self, config: SparseReformulatorConfig) -> None:
         super().__init__(config)
         self.encoder = AutoModelForMaskedLM.from_config(encoder_config(config))
+        self._dynamic_tied_weights_keys = ["predictions.decoder.bias"]  # transformers 4 misses it inside of a model
         self.post_init()
 
     @property
