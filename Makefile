@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-# What has to hold with the oldest transformers too.
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,comparative_losses variants dropout stacked low_memory \
-	training_args trainer checks checkpoints))
+# What has to hold with the oldest libraries too: all that docs/compatibility.md names, the core, cropping, and GLUE.
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures checkpoints checks cli comparative_losses cropping \
+	dropout faults glue low_memory models_without_dropout other_randomness stacked tasks trainer training_args variants \
+	versions ways_of_training))
 READY_OLDEST := $(VENV)-oldest/.ready
 
 .PHONY: help env demo test test-oldest lint format typecheck docs dist
@@ -34,10 +35,10 @@ test: $(READY) ## all tests
 $(READY_OLDEST): setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-oldest.txt \
-		-e . hypothesis pytest pytest-xdist
+		-e '.[test-core]'
 	touch $@
 
-test-oldest: $(READY_OLDEST) ## the core suite with the oldest transformers
+test-oldest: $(READY_OLDEST) ## the core suite with the oldest libraries that setup.cfg allows
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS) $(CORE_TESTS)
 
 lint: $(READY) ## ruff: rules and format
