@@ -1,4 +1,4 @@
-"""The floors of setup.cfg are the versions that `make test-oldest` runs with, and the documentation names both ends."""
+"""The floors of setup.cfg are what `make test-oldest` runs with, and the documentation names both ends."""
 
 import configparser
 import re
