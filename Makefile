@@ -14,7 +14,7 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures checkpoints 
 	versions ways_of_training))
 READY_OLDEST := $(VENV)-oldest/.ready
 
-.PHONY: help env demo test test-oldest lint format typecheck docs dist
+.PHONY: help env demo test test-oldest lint format typecheck bench docs dist
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -51,6 +51,10 @@ format: $(READY) ## let ruff write its format
 
 typecheck: $(READY) ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(READY) ## step times and memory against what one would run instead, into docs/performance.md
+	$(BIN)/python benchmarks/bench_steps.py
+	$(BIN)/python benchmarks/profile_step.py
 
 docs: $(READY) ## the documentation in site/; fails on a broken link or reference
 	$(BIN)/python -m mkdocs build --strict

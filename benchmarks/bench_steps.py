@@ -1,31 +1,44 @@
-"""Step times of comparative loss against what one would run instead; writes docs/performance.csv and .png.
+"""Step times and memory of comparative loss against what one would run instead; writes docs/performance.csv and .png.
 
-    python benchmarks/bench_steps.py                        # everything, the better part of an hour on two cores
-    python benchmarks/bench_steps.py --sizes 4x64 --rounds 15
+    make bench                                               # everything: about 40 minutes on two idle cores
+    python benchmarks/bench_steps.py --sizes 4x64            # some of it
 
-A round runs a step (forward and backward) of each contender after the other, so that a noisy machine slows all of
-them alike; ratios are taken within a round and their median and quartiles reported. Results are appended to the CSV
-as they come, and what is there already is not run again.
+A round runs a step (forward and backward) of each contender in random order, so that a noisy machine slows all of
+them alike; ratios are taken within a round and their median and quartiles reported. What the CSV has already is not
+run again. The table goes into docs/performance.md, between its two marks.
 """
 
 import argparse
-import csv
+import ctypes
+import random
+import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import pandas as pd
 import torch
 from contenders import Step, comparative, plain, published_scheme, r_drop
 from tqdm import tqdm
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LongformerConfig,
+    LongformerForSequenceClassification,
+)
 
-MODELS = {"4 layers x 256": (4, 256), "6 layers x 384": (6, 384)}
-SIZES = ("4x64", "16x128", "32x128")
-COLUMNS = ("model", "size", "contender", "against", "rounds", "seconds", "low", "median", "high", "activations_mb")
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+DOCS = Path(__file__).parent.parent / "docs"
+BERTS = {"BERT 4 x 256": (4, 256), "BERT 6 x 384": (6, 384)}
+LONGFORMER = "Longformer 4 x 256"
+SIZES = dict.fromkeys(BERTS, ("4x64", "16x128", "32x128")) | {LONGFORMER: ("2x2048",)}
 # contender -> how its step is made, and whom it is measured against
-CONTENDERS: dict[str, tuple[Callable[[Any], Step], str]] = {
+DROPS: dict[str, tuple[Callable[[Any], Step], str]] = {
     "plain": (plain, "plain"),
     "c = 0": (lambda model: comparative(model), "plain"),
     "R-Drop": (r_drop, "plain"),
@@ -43,72 +56,131 @@ CONTENDERS: dict[str, tuple[Callable[[Any], Step], str]] = {
         "c = 4, sequential",
     ),
 }
+CROPS: dict[str, tuple[Callable[[Any], Step], str]] = {
+    "plain": (plain, "plain"),
+    "1 crop": (lambda model: comparative(model, cmp_num_ablations=1, cmp_num_crops=1), "plain"),
+    "1 crop + 1 drop": (lambda model: comparative(model, cmp_num_ablations=2, cmp_num_crops=1), "plain"),
+}
+DRAWN = {  # contender: colour, readable in grey
+    "R-Drop": "#bdbdbd",
+    "c = 1, auto": "#2171b5",
+    "published scheme, c = 2": "#737373",
+    "c = 2, auto": "#08306b",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="batch x length")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", help="batch x length; by default those of the model")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=Path("docs/performance.csv"))
+    parser.add_argument("--output", type=Path, default=DOCS / "performance.csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    done = read_rows(args.output)
+    results = pd.read_csv(args.output) if args.output.is_file() else pd.DataFrame(columns=["model", "size"])
     for name in args.models:
-        for size in args.sizes:
-            if not any(row["model"] == name and row["size"] == size for row in done):
-                rows, length = map(int, size.split("x"))
-                measured = measure(make_model(*MODELS[name]), make_batch(rows, length), args.contenders, args.rounds)
-                append_rows(args.output, [{"model": name, "size": size, **row} for row in measured])
+        for size in args.sizes or SIZES[name]:
+            if ((results["model"] == name) & (results["size"] == size)).any():
+                continue
+            rows, length = map(int, size.split("x"))
+            measured = measure(name, make_batch(name, rows, length), args.rounds, f"{name}, {size}")
+            measured.insert(0, "size", size)
+            measured.insert(0, "model", name)
+            results = measured if results.empty else pd.concat([results, measured])
+            results.to_csv(args.output, index=False)
+    plot(results, args.output.with_suffix(".png"))
+    print(as_markdown(results))
+    if args.output.parent == DOCS:
+        insert(as_markdown(results), DOCS / "performance.md")
 
 
-def make_model(layers: int, width: int) -> Any:
-    config = BertConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=width // 64,
-        intermediate_size=4 * width,
-    )  # two classes by default
-    return BertForSequenceClassification(config).train()
+def make_model(name: str) -> Any:
+    torch.manual_seed(0)
+    if name == LONGFORMER:
+        shape: dict[str, Any] = {
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+        }
+        config = LongformerConfig(**shape, attention_window=256, max_position_embeddings=2050, pad_token_id=1)
+        return LongformerForSequenceClassification(config).train()
+    layers, width = BERTS[name]
+    shape: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
+    return BertForSequenceClassification(BertConfig(**shape, intermediate_size=4 * width)).train()
 
 
-def make_batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+def make_batch(name: str, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens; for the Longformer in 15 removable segments after a sixteenth that stays."""
     ids = torch.randint(1000, 30000, (rows, length))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 2, (rows,))}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 2, (rows,))}
+    if name == LONGFORMER:
+        segments = torch.arange(length).div(length // 16, rounding_mode="floor")
+        batch["crop_segments"] = segments.expand(rows, length).contiguous()
+    return batch
 
 
-def measure(model: Any, batch: dict[str, torch.Tensor], names: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Interleaved step times of the contenders: ratios within a round, their quartiles, and activation memory."""
-    steps = {name: CONTENDERS[name][0](model) for name in names}
-    activations = {name: activation_megabytes(step, model, batch) for name, step in steps.items()}  # warms up, too
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(rounds), desc=f"{tuple(batch['input_ids'].shape)}"):
-        for name, step in steps.items():
+def measure(name: str, batch: dict[str, torch.Tensor], rounds: int, title: str) -> pd.DataFrame:
+    """Interleaved step times of the contenders: ratios within a round, their quartiles, and memory."""
+    model, contenders = make_model(name), CROPS if name == LONGFORMER else DROPS
+    steps = {contender: make_step(model) for contender, (make_step, _) in contenders.items()}
+    memory = {contender: memory_megabytes(step, model, batch) for contender, step in steps.items()}  # warms up, too
+    seconds: dict[str, list[float]] = {contender: [] for contender in steps}
+    order, draw = list(steps), random.Random(0)
+    for _ in tqdm(range(rounds), desc=title):
+        draw.shuffle(order)
+        for contender in order:
             start = time.perf_counter()
-            step(batch).backward()
-            seconds[name].append(time.perf_counter() - start)
+            steps[contender](batch).backward()
+            seconds[contender].append(time.perf_counter() - start)
             model.zero_grad()
     measured = []
-    for name in names:
-        against = CONTENDERS[name][1] if CONTENDERS[name][1] in names else names[0]
-        low, median, high = statistics.quantiles(
-            [one / other for one, other in zip(seconds[name], seconds[against], strict=True)]
-        )
+    for contender, (_, against) in contenders.items():
+        ratios = [one / other for one, other in zip(seconds[contender], seconds[against], strict=True)]
+        low, median, high = statistics.quantiles(ratios)
+        step_time = statistics.median(seconds[contender])
         measured.append(
             {
-                "contender": name,
+                "contender": contender,
                 "against": against,
                 "rounds": rounds,
-                "seconds": round(statistics.median(seconds[name]), 4),
+                "seconds": round(step_time, 4),
+                "tokens_per_second": round(batch["input_ids"].numel() / step_time),
                 "low": round(low, 3),
                 "median": round(median, 3),
                 "high": round(high, 3),
-                "activations_mb": round(activations[name], 1),
+                **memory[contender],
             }
         )
-    return measured
+    return pd.DataFrame(measured)
+
+
+def memory_megabytes(step: Step, model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What a step takes: the most that autograd held for backward at one time, and the rise of the resident set."""
+    for _ in range(2):  # the checks of the first step are not part of it
+        step(batch).backward()
+        model.zero_grad()
+    return {
+        "activations_mb": round(activation_megabytes(step, model, batch), 1),
+        "peak_mb": round(resident_megabytes(step, model, batch), 1),
+    }
+
+
+def resident_megabytes(step: Step, model: Any, batch: dict[str, torch.Tensor]) -> float:
+    """Peak of the process's memory in a step, gradients included, above what it was before (Linux only)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = process_status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    step(batch).backward()
+    peak = process_status("VmHWM")
+    model.zero_grad()
+    return peak - before
+
+
+def process_status(name: str) -> float:
+    """An entry of /proc/self/status in megabytes."""
+    return int(re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[0]) / 1024
 
 
 def activation_megabytes(step: Step, model: Any, batch: dict[str, torch.Tensor]) -> float:
@@ -135,28 +207,58 @@ def activation_megabytes(step: Step, model: Any, batch: dict[str, torch.Tensor])
                     del held[self.key]
                     now -= self.storage.nbytes()
 
-    step(batch).backward()  # checks of the first step are not part of it
-    model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         step(batch).backward()
     model.zero_grad()
     return peak / 2**20
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def as_markdown(results: pd.DataFrame) -> str:
+    """A table for each model and size."""
+    head = "| contender | s / step | tokens / s | against | ratio, median (quartiles) | activations, MB | peak, MB |"
+    lines = []
+    for model, size in results[["model", "size"]].drop_duplicates().to_numpy():
+        rows = results[(results["model"] == model) & (results["size"] == size)]
+        lines += [f"\n**{model}, batch {size.replace('x', ' x ')}** ({rows['rounds'].iloc[0]} rounds)\n", head]
+        lines.append("| --- " * 7 + "|")
+        for row in rows.to_dict("records"):
+            compared = row["contender"] != row["against"]
+            ratio = f"{row['median']:.3f} ({row['low']:.3f} – {row['high']:.3f})" if compared else ""
+            against = row["against"] if compared else ""
+            lines.append(
+                f"| {row['contender']} | {row['seconds']:.3f} | {row['tokens_per_second']:,} | {against} | {ratio} | "
+                f"{row['activations_mb']:.1f} | {row['peak_mb']:.0f} |"
+            )
+    return "\n".join(lines).strip()
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer: Any = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+def insert(table: str, page: Path) -> None:
+    """Put the table between the two marks of a page."""
+    begin, end = "<!-- steps: begin -->", "<!-- steps: end -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def plot(results: pd.DataFrame, path: Path) -> None:
+    """Step times as multiples of the plain Trainer's, for each model and size."""
+    berts = results[results["model"].isin(BERTS)]
+    if berts.empty:
+        return
+    seconds = berts.pivot_table(index=["model", "size"], columns="contender", values="seconds", sort=False)
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    width = 0.8 / len(DRAWN)
+    for number, (contender, colour) in enumerate(DRAWN.items()):
+        places = [place + number * width for place in range(len(seconds))]
+        axes.bar(places, seconds[contender] / seconds["plain"], width * 0.92, color=colour, label=contender)
+    for multiple in (1, 2, 3):
+        axes.axhline(multiple, color="black", linewidth=0.6, linestyle=":", zorder=0)
+    labels = [f"{model}\n{size.replace('x', ' x ')}" for model, size in seconds.index]
+    axes.set_xticks([place + 1.5 * width for place in range(len(seconds))], labels)
+    axes.set_ylabel("step time, multiples of the plain Trainer's")
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

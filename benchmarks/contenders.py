@@ -23,14 +23,20 @@ Step = Callable[[Batch], Tensor]
 def plain(model: Any) -> Step:
     """A step of Trainer."""
     trainer: Any = Trainer(model, TrainingArguments(**_quiet()))
-    return lambda batch: trainer.compute_loss(model, dict(batch))
+    return lambda batch: trainer.compute_loss(model, {k: v for k, v in batch.items() if k != "crop_segments"})
 
 
 def comparative(model: Any, **cmp_arguments: Any) -> Step:
     """A step of CmpTrainer; with cmp_low_memory parts of the backward happen inside."""
+    trainer = comparative_trainer(model, **cmp_arguments)
+    return lambda batch: trainer.compute_loss(model, dict(batch))
+
+
+def comparative_trainer(model: Any, **cmp_arguments: Any) -> Any:
+    """A trainer whose compute_loss can be called outside of a training."""
     trainer = CmpTrainer(model, CmpTrainingArguments(**_quiet(), **cmp_arguments))
     trainer.current_gradient_accumulation_steps = 1
-    return lambda batch: trainer.compute_loss(model, dict(batch))
+    return trainer
 
 
 def r_drop(model: Any, weight: float = 1.0) -> Step:
