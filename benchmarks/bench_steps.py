@@ -218,7 +218,7 @@ def as_markdown(results: pd.DataFrame) -> str:
     head = "| contender | s / step | tokens / s | against | ratio, median (quartiles) | activations, MB | peak, MB |"
     lines = []
     for model, size in results[["model", "size"]].drop_duplicates().to_numpy():
-        rows = results[(results["model"] == model) & (results["size"] == size)]
+        rows: Any = results[(results["model"] == model) & (results["size"] == size)]
         lines += [f"\n**{model}, batch {size.replace('x', ' x ')}** ({rows['rounds'].iloc[0]} rounds)\n", head]
         lines.append("| --- " * 7 + "|")
         for row in rows.to_dict("records"):
