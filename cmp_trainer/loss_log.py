@@ -1,8 +1,9 @@
 """What the logs say of the variants: the mean task loss of each and how often they are in the wrong order.
 
 Sums stay on the device until the Trainer logs, so that a step never waits for them. A NaN or infinite task loss is
-left out of the means and counted (a mean of nothing else is NaN); when the log is read, a warning names the variants,
-and those it began with: a step later, every loss of the model may be NaN.
+left out of the means and counted (a mean of nothing else is NaN), and its example has no part in the violation rate;
+when the log is read, a warning names the variants, and those it began with: a step later, every loss of the model may
+be NaN.
 """
 
 import logging
@@ -30,7 +31,8 @@ class LossLog:
     def add(self, values: Tensor, weights: Tensor) -> None:
         """Count a batch in: task losses `(batch, parts, 1 + c)` and their weights `(batch, parts)`."""
         values, weights = values.detach().float(), weights.detach().float().unsqueeze(-1)
-        columns = torch.cat([values, violation_rate(values).unsqueeze(-1)], dim=-1)  # (batch, parts, 1 + c + 1)
+        violations = violation_rate(values).masked_fill(~values.isfinite().all(-1), torch.nan)
+        columns = torch.cat([values, violations.unsqueeze(-1)], dim=-1)  # (batch, parts, 1 + c + 1)
         finite = columns.isfinite()
         counted = weights * finite  # (batch, parts, 1 + c + 1)
         bad = ((~finite) & (weights > 0)).float().sum(0)

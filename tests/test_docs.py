@@ -69,6 +69,26 @@ def test_every_argument_that_a_page_names_exists(page):
     assert set(re.findall(r"--(cmp_\w+)", page.read_text())) <= set(FIELDS)
 
 
+def test_every_test_that_a_page_names_exists():
+    named = {name for page in PAGES for name in re.findall(r"(test_\w+\.py)::(\w+)", page.read_text())}
+    missing = [f"{file}::{test}" for file, test in named if test not in functions(ROOT / "tests" / file)]
+    assert len(named) > 50
+    assert not missing
+
+
+def functions(file):
+    """The names that a module defines functions by."""
+    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_case_of_the_compatibility_page_names_its_test_or_says_that_it_was_not_tried():
+    blocks = (ROOT / "docs" / "compatibility.md").read_text().split("\n\n")
+    tables = [block.splitlines() for block in blocks if block.startswith("|") and "| test |" in block.splitlines()[0]]
+    rows = [row for _, _, *rows in tables for row in rows]
+    assert len(rows) > 40
+    assert not [row for row in rows if "::" not in row and "the same |" not in row and "not tried" not in row]
+
+
 def test_messages_of_the_trouble_page_are_messages_of_the_code():
     messages = " ".join(text for file in (ROOT / "cmp_trainer").glob("*.py") for text in texts(file))
     titles = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "faq.md").read_text(), flags=re.M)

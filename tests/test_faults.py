@@ -69,7 +69,7 @@ def test_the_variant_with_losses_that_are_no_numbers_is_named_and_the_logs_stay_
     infinite_ablations.train()
     assert "of ablated_1; first in ablated_1. They are left out of the means" in caplog.text
     log = infinite_ablations.state.log_history[0]
-    assert all(math.isfinite(log[key]) for key in ("loss_full", "loss_ablated_1", "violation_rate"))
+    assert all(math.isfinite(log[key]) for key in ("loss", "loss_full", "loss_ablated_1", "violation_rate"))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
@@ -90,11 +90,19 @@ def test_the_variants_it_began_with_are_told_from_those_that_followed(caplog):
     assert "1 of full, 1 of ablated_1, 2 of ablated_2; first in ablated_2." in caplog.text
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_an_example_with_a_loss_that_is_no_number_has_no_part_in_the_violation_rate(bad):
+    log = LossLog()
+    log.add(torch.tensor([[[1.0, bad]], [[3.0, 2.0]]]), torch.ones(2, 1))
+    assert log.pop()["violation_rate"] == 1.0
+
+
 def test_a_variant_without_any_number_is_logged_as_nan_not_as_zero():
     log = LossLog()
     log.add(torch.tensor([[[1.0, math.nan]]]), torch.ones(1, 1))
     means = log.pop()
-    assert means["loss_full"] == 1.0 and math.isnan(means["loss_ablated_1"])
+    assert means["loss_full"] == 1.0
+    assert math.isnan(means["loss_ablated_1"]) and math.isnan(means["violation_rate"])
     assert log.pop() == {}  # the next window begins anew
 
 
@@ -117,22 +125,41 @@ def randomness():
     return random.getstate()[1], np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-@pytest.mark.parametrize("mode", ["sequential", "stacked", "low memory"])
-@pytest.mark.parametrize("variant", [0, 1, 2], ids=lambda variant: f"variant {variant}")
-def test_an_error_in_a_forward_leaves_model_modes_and_random_state(variant, mode, tmp_path):
+# Forwards of a step with a crop and a drop: the cropped variants share theirs when stacked; with low memory the full
+# model and the crop run once more.
+FORWARDS = {"sequential": 3, "stacked": 2, "low memory": 5}
+
+
+@pytest.mark.parametrize("mode, forward", [(mode, forward) for mode, n in FORWARDS.items() for forward in range(n)])
+def test_an_error_in_a_forward_leaves_model_modes_and_random_state(mode, forward, tmp_path):
+    trainer, batch = trainer_with_crops(tmp_path, mode)
+    trainer.compute_loss(trainer.model, dict(batch)).backward()  # the checks of the first step are behind us
+    assert_an_error_leaves_no_trace(trainer, batch, forward)
+
+
+# The checks run the full model twice, then all variants one by one and, where that may pay, stacked.
+@pytest.mark.parametrize("forward", range(7))
+def test_an_error_in_a_forward_of_the_first_steps_checks_leaves_no_trace_either(forward, tmp_path):
+    assert_an_error_leaves_no_trace(*trainer_with_crops(tmp_path, "stacked"), forward)
+
+
+def trainer_with_crops(folder, mode):
+    """A trainer with one crop and one drop, its model in train mode, and a batch with something to crop."""
     settings = {"cmp_low_memory": True} if mode == "low memory" else {"cmp_forward": mode}
     data = crops_data()
-    trainer = cmp_trainer(tmp_path, data=data, cmp_num_ablations=2, cmp_num_crops=1, **settings)
-    batch = batch_of(data)
+    trainer = cmp_trainer(folder, data=data, cmp_num_ablations=2, cmp_num_crops=1, **settings)
     trainer.current_gradient_accumulation_steps = 1
-    model = trainer.model.train()
-    trainer.compute_loss(model, dict(batch)).backward()  # the checks of the first step are behind us
-    model.zero_grad()
-    forwards = []
+    trainer.model.train()
+    return trainer, batch_of(data)
+
+
+def assert_an_error_leaves_no_trace(trainer, batch, forward):
+    """A step whose forward number `forward`, from 0 on, raises."""
+    model, forwards = trainer.model, []
 
     def fail(module, inputs):
         forwards.append(module)
-        if len(forwards) > (min(variant, 1) if mode == "stacked" else variant):
+        if len(forwards) > forward:
             raise RuntimeError("in a forward")
 
     before = randomness(), {name: value.clone() for name, value in model.state_dict().items()}
@@ -140,10 +167,12 @@ def test_an_error_in_a_forward_leaves_model_modes_and_random_state(variant, mode
     with pytest.raises(RuntimeError, match="in a forward"):
         trainer.compute_loss(model, dict(batch))
     hook.remove()
+    assert len(forwards) == forward + 1
     assert randomness() == before[0]
     assert all(torch.equal(value, before[1][name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.is_grad_enabled() and torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_an_error_while_ablations_are_evaluated_leaves_modes_and_random_state(tmp_path):
