@@ -14,8 +14,11 @@ import torch
 from collection import Passages, load_collection
 from datasets import Dataset
 from demo_collection import write_demo
-from encoding import EncodingCard, encode_corpus, encode_texts, import_sparse_vectors
-from first_pass import DenseIndex, SparseIndex, bm25_run, search_run
+from encoding import EncodingCard, encode_corpus, encode_texts, import_sparse_vectors, largest_terms
+from first_pass import DenseIndex, SparseIndex, best_passages, bm25_run, search_run
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from reformulators import DenseReformulator, SparseReformulator
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
@@ -38,7 +41,7 @@ def dense(demo):
 
 
 @pytest.fixture(scope="module")
-def sparse(demo, tokenizer, tmp_path_factory):
+def masked_lm(tokenizer, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("mlm")
     torch.manual_seed(0)
     config = BertConfig(
@@ -47,7 +50,12 @@ def sparse(demo, tokenizer, tmp_path_factory):
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return SparseReformulator.from_encoder(str(folder)).eval()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sparse(masked_lm):
+    return SparseReformulator.from_encoder(masked_lm).eval()
 
 
 @pytest.fixture(scope="module")
@@ -67,34 +75,89 @@ def test_an_interrupted_encoding_continues_with_the_missing_blocks(dense, tokeni
     np.testing.assert_array_equal(again.rows(range(40)), wanted)
 
 
+@pytest.mark.parametrize("log_saturation", [False, True])
+def test_sparse_vectors_are_the_head_by_hand_whatever_the_padding(
+    masked_lm, tokenizer, passages, tmp_path, log_saturation
+):
+    model = SparseReformulator.from_encoder(masked_lm, normalize=False, scale=2.0, log_saturation=log_saturation)
+    texts = [
+        *passages.texts(range(6)),
+        " ".join(passages.texts(range(3))),
+    ]  # the last is longer: the others get padding
+    some = Passages(Dataset.from_dict({"id": list("abcdefg"), "text": texts}))
+    found = encode_corpus(model, tokenizer, some, tmp_path, batch_size=7).rows(range(7))
+    head = BertForMaskedLM.from_pretrained(masked_lm).eval()
+    for row, text in enumerate(texts):
+        with torch.no_grad():
+            logits = head(**tokenizer(text, return_tensors="pt")).logits[0].numpy()  # (tokens, vocabulary)
+        weights = np.maximum(logits.max(axis=0), 0)
+        assert weights[tokenizer.all_special_ids].any()  # there is something to leave out
+        weights[tokenizer.all_special_ids] = 0
+        wanted = 2 * (np.log(1 + weights) if log_saturation else weights)
+        np.testing.assert_allclose(found[row].toarray()[0], wanted, rtol=1e-4, atol=1e-4)
+        assert found[row].nnz == (wanted > 0).sum()
+
+
+def test_an_interrupted_sparse_encoding_continues_with_the_missing_blocks(sparse, tokenizer, passages, tmp_path):
+    whole = encode_corpus(sparse, tokenizer, passages, tmp_path, block_size=16).rows(range(40)).toarray()
+    kept, lost = tmp_path / "block-00000.npz", tmp_path / "block-00001.npz"
+    lost.unlink()
+    written = kept.stat().st_mtime_ns
+    again = encode_corpus(sparse, tokenizer, passages, tmp_path, block_size=16).rows(range(40))
+    assert kept.stat().st_mtime_ns == written
+    np.testing.assert_array_equal(again.toarray(), whole)
+
+
+def test_a_passage_keeps_its_largest_weights(sparse, tokenizer, passages, tmp_path):
+    whole = encode_corpus(sparse, tokenizer, passages, tmp_path / "whole").rows(range(40)).toarray()
+    cut = encode_corpus(sparse, tokenizer, passages, tmp_path / "cut", terms=5).rows(range(40)).toarray()
+    least = -np.sort(-whole, axis=1)[:, 4:5]
+    np.testing.assert_array_equal(cut, np.where(whole >= least, whole, 0))
+    with pytest.raises(ValueError, match="terms: there 5, here 6"):
+        encode_corpus(sparse, tokenizer, passages, tmp_path / "cut", terms=6)
+
+
+def test_of_equal_weights_the_first_entries_are_kept_and_short_rows_stay():
+    vectors = sp.csr_matrix(np.array([[1, 0, 3, 1, 1], [0, 0, 0, 0, 0], [0, 2, 0, 0, 0]], dtype=np.float32))
+    wanted = [[1, 0, 3, 0, 0], [0, 0, 0, 0, 0], [0, 2, 0, 0, 0]]
+    np.testing.assert_array_equal(largest_terms(vectors, 2).toarray(), wanted)
+
+
 SHARED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from collection import load_collection
 from encoding import encode_corpus
-from reformulators import DenseReformulator
+from reformulators import DenseReformulator, SparseReformulator
 from transformers import AutoTokenizer
 
-demo, folder = sys.argv[2:]
-model = DenseReformulator.from_encoder(f"{demo}/encoder", pooling="mean", normalize=True)
+demo, masked_lm, folder = sys.argv[2:]
+tokenizer = AutoTokenizer.from_pretrained(f"{demo}/encoder")
 passages = load_collection(f"{demo}/collection:test").passages
-encode_corpus(model, AutoTokenizer.from_pretrained(f"{demo}/encoder"), passages, folder, block_size=100)
+model = DenseReformulator.from_encoder(f"{demo}/encoder", pooling="mean", normalize=True)
+encode_corpus(model, tokenizer, passages, folder + "/dense", block_size=100)
+encode_corpus(SparseReformulator.from_encoder(masked_lm), tokenizer, passages, folder + "/sparse", block_size=100)
 """
 
 
-def test_two_processes_share_the_blocks_of_an_encoding(demo, dense, tokenizer, tmp_path):
+def test_two_processes_share_the_blocks_of_an_encoding(demo, masked_lm, dense, sparse, tokenizer, tmp_path):
     (tmp_path / "shared.py").write_text(SHARED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     folder = str(Path(encoding.__file__).parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(
-        [*launch, "shared.py", folder, str(demo), "vectors"], check=True, cwd=tmp_path, env=environment, timeout=500
-    )
+    command = [*launch, "shared.py", folder, str(demo), masked_lm, "vectors"]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=500)
     passages = load_collection(f"{demo}/collection:test").passages
-    corpus = encode_corpus(dense, tokenizer, passages, tmp_path / "vectors", block_size=100)
-    assert len(list((tmp_path / "vectors").glob("block-*.npy"))) == 6
     rows = [0, 99, 100, 250, 511]
-    np.testing.assert_allclose(corpus.rows(rows), encode_texts(dense, tokenizer, passages.texts(rows)), atol=1e-5)
+    for name, model in (("dense", dense), ("sparse", sparse)):
+        assert len(list((tmp_path / "vectors" / name).glob("block-*.np?"))) == 6
+        corpus = encode_corpus(model, tokenizer, passages, tmp_path / "vectors" / name, block_size=100)
+        wanted = encode_texts(model, tokenizer, passages.texts(rows), form=name)
+        np.testing.assert_allclose(as_array(corpus.rows(rows)), as_array(wanted), atol=1e-5)
+
+
+def as_array(vectors) -> np.ndarray:
+    return vectors if isinstance(vectors, np.ndarray) else vectors.toarray()
 
 
 def test_a_vector_does_not_depend_on_the_batch_it_was_encoded_in(dense, tokenizer, passages):
@@ -137,6 +200,16 @@ def test_an_encoding_and_its_index_by_another_encoder_are_refused(demo, dense, t
         DenseIndex(encode_corpus(other, tokenizer, passages, tmp_path / "two"), tmp_path / "index.faiss")
 
 
+def test_a_sparse_index_by_another_encoder_is_refused(masked_lm, sparse, tokenizer, passages, tmp_path):
+    other = SparseReformulator.from_encoder(masked_lm, log_saturation=True)
+    one, two = (encode_corpus(m, tokenizer, passages, tmp_path / n) for m, n in ((sparse, "one"), (other, "two")))
+    SparseIndex(one, tmp_path / "postings")
+    with pytest.raises(ValueError, match="encoder: there"):
+        SparseIndex(two, tmp_path / "postings")
+    card = json.loads((tmp_path / "postings" / "index.json").read_text())
+    assert (card["form"], card["passages"], card["dimension"]) == ("sparse", 40, len(tokenizer))
+
+
 def test_an_index_of_another_size_is_refused(dense, tokenizer, passages, tmp_path):
     DenseIndex(encode_corpus(dense, tokenizer, passages, tmp_path / "one"), tmp_path / "index.faiss")
     fewer = Passages(passages.dataset.select(range(10)))
@@ -163,6 +236,19 @@ def test_sparse_search_finds_the_best_inner_products(sparse, tokenizer, passages
         rows, found = SparseIndex(corpus, tmp_path / "postings").search(queries, 3)
         np.testing.assert_allclose(found, -np.sort(-scores, axis=1)[:, :3], rtol=1e-5)
         np.testing.assert_allclose(np.take_along_axis(scores, rows, axis=1), found, rtol=1e-5)
+
+
+WEIGHTS = st.sampled_from([0.0, 0.5, 1.0, 2.0])  # exact in floats and few, so that there are ties
+
+
+@given(query=arrays(np.float32, 6, elements=WEIGHTS), corpus=arrays(np.float32, (20, 6), elements=WEIGHTS),
+       number=st.integers(1, 25))  # fmt: skip
+def test_sparse_search_is_brute_force_with_the_first_of_equal_passages_first(query, corpus, number):
+    scores = corpus @ query
+    wanted = [row for row in np.argsort(-scores, kind="stable") if scores[row] > 0][:number]
+    rows, found = best_passages(sp.csr_matrix(query[None]), sp.csr_matrix(corpus.T), number)
+    assert rows.tolist() == wanted
+    np.testing.assert_array_equal(found, scores[wanted])
 
 
 def test_a_query_without_common_terms_finds_nothing(tmp_path, tokenizer, passages):

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 from reformulators import DenseReformulator, SparseReformulator
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertModel,
@@ -17,6 +18,8 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
+
+from tests.hub_server import HubServer, take_for_the_hub
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30}
 IDS = torch.tensor([[2, 7, 8, 9, 3], [2, 10, 3, 0, 0]])
@@ -49,6 +52,7 @@ def masked_lm(tmp_path):
     BertForMaskedLM(BertConfig(**SIZE, initializer_range=0.5)).save_pretrained(tmp_path / "mlm")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(25))]
     tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), words, strict=False))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path / "mlm")
     return str(tmp_path / "mlm")
@@ -111,6 +115,31 @@ def test_a_saved_reformulator_loads_without_this_project(bert, masked_lm, tmp_pa
     subprocess.run([sys.executable, "-c", ELSEWHERE], check=True, cwd=tmp_path, env=environment(tmp_path))
     for name, model in reformulators.items():
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), vectors_of(model))
+
+
+PUSHED = f"""
+import torch
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("someone/reformulator", trust_remote_code=True)
+assert tokenizer("w2 w3")["input_ids"] == [7, 8]
+model = AutoModel.from_pretrained("someone/reformulator", trust_remote_code=True).eval()
+ids, mask = torch.tensor({IDS.tolist()}), torch.tensor({MASK.tolist()})
+torch.save(model(input_ids=ids, attention_mask=mask).query_vectors.detach(), "pushed.pt")
+"""
+
+
+def test_a_pushed_reformulator_loads_from_the_hub_without_this_project(masked_lm, tmp_path, monkeypatch):
+    model = SparseReformulator.from_encoder(masked_lm, log_saturation=True)
+    with HubServer(tmp_path / "hub") as hub:
+        take_for_the_hub(hub, monkeypatch)
+        model.push_to_hub("someone/reformulator", token=hub.token)
+        AutoTokenizer.from_pretrained(masked_lm).push_to_hub("someone/reformulator", token=hub.token)
+        files = {"config.json", "model.safetensors", "reformulators.py", "tokenizer.json"}
+        assert files <= set(hub.files("someone/reformulator"))
+        reached = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        elsewhere = environment(tmp_path) | reached
+        subprocess.run([sys.executable, "-c", PUSHED], check=True, cwd=tmp_path, env=elsewhere, timeout=300)
+    torch.testing.assert_close(torch.load(tmp_path / "pushed.pt"), vectors_of(model))
 
 
 def test_every_weight_gets_a_gradient(bert):

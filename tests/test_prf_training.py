@@ -1,6 +1,9 @@
 """examples/prf: feedback passages as the model reads them, evaluation, and the script from end to end."""
 
+import json
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,12 +11,14 @@ import compare
 import numpy as np
 import pytest
 import run_prf
+import scipy.sparse as sp
 import torch
 from collection import load_collection
 from demo_collection import write_demo
 from evaluation import CollectionResult, curve_rows, load_results, p_value, per_query, robustness_index
 from feedback import FeedbackCollator, TrainingQuery, query_inputs, training_queries
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
+from reformulators import SparseReformulator
+from transformers import AutoModel, AutoTokenizer
 
 from cmp_trainer.cropping import CmpCrop
 
@@ -39,6 +44,8 @@ def words(tokenizer, *rows: int) -> str:
 def test_the_input_is_the_query_and_its_passages_each_with_a_separator(tokenizer):
     texts = [words(tokenizer, 10, 11), words(tokenizer, 20, 21, 22), words(tokenizer, 30)]
     found = query_inputs(tokenizer, [texts[0]], [texts[1:]], query_length=128, passage_length=3)
+    whole = query_inputs(tokenizer, [texts[0]], [texts[1:]], query_length=128, passage_length=128)
+    assert tokenizer(" [SEP] ".join(texts))["input_ids"] == whole[0]["input_ids"]  # as docs/prf.md has it
     assert found == [{"input_ids": [2, 10, 11, 3, 20, 21, 3, 30, 3], "crop_segments": [0, 0, 0, 0, 1, 1, 1, 2, 2]}]
 
 
@@ -119,17 +126,22 @@ def test_the_table_has_spread_over_folds_and_robustness_of_each_passage():
     assert "| first pass |  | 0.250 |" in compare.comparison_table({"run": result})
 
 
-def script(monkeypatch, config: str, demo, output_dir, **changes: object) -> None:
-    """Run run_prf.py on the demo, four steps long."""
+def arguments(config: str, demo, output_dir, **changes: object) -> list[str]:
+    """Of run_prf.py on the demo, four steps long."""
     settings = {
-        "train_collection": f"{demo}/collection:train", "model_name_or_path": demo / "encoder",
-        "first_pass_dir": demo / "first_pass", "output_dir": output_dir, "max_steps": 4, "logging_steps": 1,
+        "train_collection": f"{demo}/collection:train", "output_dir": output_dir, "max_steps": 4, "logging_steps": 1,
+        "model_name_or_path": demo / ("masked_lm" if config == "demo_sparse.yaml" else "encoder"),
+        "first_pass_dir": demo / ("first_pass_sparse" if config == "demo_sparse.yaml" else "first_pass"),
         "feedback_passages": 2, "use_cpu": True, **changes,
     }  # fmt: skip
-    if config == "demo.yaml":
+    if config.startswith("demo"):
         settings |= {"demo_dir": demo, "test_collections": f"{demo}/collection:test"}
-    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["run_prf.py", str(EXAMPLE / config), *arguments])
+    given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return ["run_prf.py", str(EXAMPLE / config), *given]
+
+
+def script(monkeypatch, config: str, demo, output_dir, **changes: object) -> None:
+    monkeypatch.setattr(sys, "argv", arguments(config, demo, output_dir, **changes))
     run_prf.main()
 
 
@@ -164,14 +176,57 @@ def test_folds_test_every_query_once(monkeypatch, demo, tmp_path, objective):
     assert {len(values) for values in result.first_pass.values()} == {128}
 
 
-def test_a_sparse_reformulator_trains(monkeypatch, demo, tokenizer, tmp_path):
-    config = BertConfig.from_pretrained(demo / "encoder", initializer_range=0.5)
-    BertForMaskedLM(config).save_pretrained(tmp_path / "mlm")
-    tokenizer.save_pretrained(tmp_path / "mlm")
-    changes = {"model_name_or_path": tmp_path / "mlm", "first_pass_dir": tmp_path / "first_pass"}
-    script(monkeypatch, "demo.yaml", demo, tmp_path / "run", representation="sparse", pool_chunk_size=100, **changes)
+@pytest.mark.parametrize("pool_chunk_size", [{}, {"pool_chunk_size": 100}])
+def test_the_sparse_demo_encodes_trains_and_evaluates(monkeypatch, demo, tmp_path, pool_chunk_size):
+    script(monkeypatch, "demo_sparse.yaml", demo, tmp_path / "run", **pool_chunk_size)
     result = load_results(tmp_path / "run" / "evaluation.json")[0]["collection:test"]
-    assert len(result.reformulated) == 3
+    assert len(result.queries) == 64 and len(result.reformulated) == 3
+    assert np.mean(result.first_pass["nDCG@10"]) > 0.5
+    card = json.loads((demo / "first_pass_sparse" / "postings" / "index.json").read_text())
+    assert (card["form"], card["passages"], card["terms"]) == ("sparse", 512, 64)
+    start = SparseReformulator.from_encoder(str(demo / "masked_lm")).state_dict()
+    trained = SparseReformulator.from_pretrained(tmp_path / "run").state_dict()
+    assert any(not torch.equal(trained[name], weight) for name, weight in start.items())
+
+
+def test_a_saved_reformulator_keeps_its_settings_as_encoder_of_the_passages(monkeypatch, demo, tokenizer, tmp_path):
+    SparseReformulator.from_encoder(str(demo / "masked_lm"), scale=1.0, log_saturation=True).save_pretrained(
+        tmp_path / "passages"
+    )
+    tokenizer.save_pretrained(tmp_path / "passages")
+    changes = {"passage_encoder": tmp_path / "passages", "first_pass_dir": tmp_path / "first_pass"}
+    script(monkeypatch, "demo_sparse.yaml", demo, tmp_path / "run", max_steps=1, encoding_terms=4, **changes)
+    vectors = sp.load_npz(tmp_path / "first_pass" / "vectors" / "block-00000.npz")
+    assert vectors.shape[0] == 512 and vectors.max() < 1.0  # demo_sparse.yaml scales by 4.47
+    config = SparseReformulator.from_pretrained(tmp_path / "run").config
+    assert (config.scale, config.log_saturation) == (4.47, False)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, demo, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises((ValueError, SystemExit)) as refusal:
+        script(monkeypatch, "demo.yaml", demo, tmp_path / "run", use_cpu=False)
+    assert "2 processes were launched, but this one knows of 1" in str(refusal.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["demo.yaml", "demo_sparse.yaml"])
+def test_two_processes_encode_train_and_evaluate(monkeypatch, demo, tmp_path, config):
+    changes = {"first_pass_dir": tmp_path / "first_pass"}
+    name, *given = arguments(config, demo, tmp_path / "run", **changes)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [*launch, str(EXAMPLE / name), *given],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| reformulated | 2 |") == 1
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["epoch"]) == (4, 0.5)  # of 128 queries: 4 steps with 8 on each process
+    result = load_results(tmp_path / "run" / "evaluation.json")[0]["collection:test"]
+    assert len(result.queries) == 64 and len(result.reformulated) == 3
+    script(monkeypatch, config, demo, tmp_path / "alone", first_pass_dir=tmp_path / "first_pass_alone")
+    alone = load_results(tmp_path / "alone" / "evaluation.json")[0]["collection:test"]
+    assert result.first_pass == alone.first_pass and result.bm25 == alone.bm25
 
 
 @pytest.mark.parametrize(
@@ -181,6 +236,9 @@ def test_a_sparse_reformulator_trains(monkeypatch, demo, tokenizer, tmp_path):
         ({"representation": "both"}, "--representation both is unknown"),
         ({"num_folds": 3}, "--num_folds 3 splits --train_collection"),
         ({"passage_vectors": "here"}, "--passage_vectors are sparse"),
+        ({"encoding_terms": 5}, "are for --representation sparse"),
+        ({"representation": "sparse", "encoding_terms": 0}, "--encoding_terms 0 is how many weights"),
+        ({"representation": "sparse", "encoding_dtype": "float16"}, "--encoding_dtype float16 is for dense vectors"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(monkeypatch, demo, tmp_path, capsys, changes, message):

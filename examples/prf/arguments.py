@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 
 from cmp_trainer import CmpTrainingArguments
@@ -54,15 +55,15 @@ class PrfArguments:
             raise ValueError("--passage_vectors are sparse; give --representation sparse, or leave them out")
         if self.encoding_dtype != "float32" and self.representation == "sparse":
             raise ValueError(
-                f"--encoding_dtype {self.encoding_dtype} is for dense vectors; leave it out, and bound the size of sparse "
-                "ones by --encoding_terms"
+                f"--encoding_dtype {self.encoding_dtype} is for dense vectors; leave it out, and bound the size of "
+                "sparse ones by --encoding_terms"
             )
         if self.representation == "dense" and (self.log_saturation or self.encoding_terms is not None):
             raise ValueError("--log_saturation and --encoding_terms are for --representation sparse; leave them out")
         if self.encoding_terms is not None and (self.encoding_terms < 1 or self.passage_vectors):
             raise ValueError(
-                f"--encoding_terms {self.encoding_terms} is how many weights of a passage's vector are kept; give at least "
-                "1, and leave it out with --passage_vectors, which are taken whole"
+                f"--encoding_terms {self.encoding_terms} is how many weights of a passage's vector are kept; give at "
+                "least 1, and leave it out with --passage_vectors, which are taken whole"
             )
         if self.num_folds is not None and (self.num_folds < 2 or self.test_collections or not self.train_collection):
             raise ValueError(
@@ -77,7 +78,13 @@ class PrfArguments:
 
 
 def check_training(data_args: PrfArguments, args: CmpTrainingArguments) -> None:
-    """Raises ValueError where the trainer's arguments do not fit a reformulator's training."""
+    """Raises ValueError where the arguments, or the launch, do not fit a reformulator's training."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"{launched} processes were launched, but this one knows of {args.world_size} and would do all the work "
+            "of the others again; on a machine without GPUs give --use_cpu true"
+        )
     args.remove_unused_columns = False  # the collator reads queries, not columns
     if args.do_train and not data_args.train_collection:
         raise ValueError("--do_train needs --train_collection")

@@ -1,13 +1,16 @@
-"""A demo without downloads: a generated collection and a small encoder made from it.
+"""A demo without downloads: a generated collection and small encoders made from it.
 
 The collection has topics, each with several aspects; a passage mixes background words with words of its topic and its
 aspect, a query names two or three of them, and relevant are the passages of its aspect. Because a passage holds only
 some words of its aspect, a query misses many relevant passages by its own words, and feedback passages supply the
 rest.
 
-The encoder is a BERT of two layers whose word embeddings are a latent semantic analysis (truncated SVD of tf-idf) of
-the collection and whose layers start as the identity (their output projections are zero): before training its mean
-pooling is an LSA vector, no more. Training opens the layers.
+The dense encoder is a BERT of two layers whose word embeddings are a latent semantic analysis (truncated SVD of
+tf-idf) of the collection and whose layers start as the identity (their output projections are zero): before training
+its mean pooling is an LSA vector, no more. Training opens the layers.
+
+The sparse encoder is the same BERT with a masked-language-model head that starts as the identity too: a vocabulary
+entry's logit is its LSA similarity to a token, less a threshold that only near words pass.
 """
 
 from __future__ import annotations
@@ -21,23 +24,25 @@ import numpy as np
 import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
 TOPICS, ASPECTS, PASSAGES, QUERIES = 16, 4, 8, 3  # aspects of a topic, passages and queries of an aspect
 TOPIC_WORDS, ASPECT_WORDS, BACKGROUND_WORDS = 12, 14, 200
 PASSAGE_WORDS, HIDDEN = 24, 64
+THRESHOLD = 0.8  # of a vocabulary entry's similarity to a token; 130 of 1,214 entries pass it in an average passage
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def write_demo(folder: str | Path, seed: int = 0) -> None:
-    """Write `folder/collection` (BEIR form, splits train and test) and `folder/encoder`, unless they are there.
+    """Write `folder/collection` (BEIR form, splits train and test), `folder/encoder` and `folder/masked_lm`, unless
+    they are there.
 
     The same seed gives the same collection."""
     folder = Path(folder)
-    if not (folder / "encoder" / "config.json").exists():
+    if not (folder / "masked_lm" / "tokenizer.json").exists():  # the last file written
         texts = write_collection(folder / "collection", np.random.default_rng(seed))
-        write_encoder(folder / "encoder", texts, seed)
+        write_encoders(folder, texts, seed)
 
 
 def write_collection(folder: Path, random: np.random.Generator) -> list[str]:
@@ -68,8 +73,8 @@ def write_collection(folder: Path, random: np.random.Generator) -> list[str]:
     return [passage["text"] for passage in passages]
 
 
-def write_encoder(folder: Path, texts: list[str], seed: int) -> None:
-    """A small BERT, its word embeddings from the texts, with a tokenizer of whole words."""
+def write_encoders(folder: Path, texts: list[str], seed: int) -> None:
+    """A small BERT, its word embeddings from the texts, with a tokenizer of whole words; with and without a head."""
     torch.manual_seed(seed)
     weighting = TfidfVectorizer(token_pattern=r"\S+")
     weights = weighting.fit_transform(texts)
@@ -92,11 +97,26 @@ def write_encoder(folder: Path, texts: list[str], seed: int) -> None:
         for layer in layers:
             layer.attention.output.dense.weight.zero_()
             layer.output.dense.weight.zero_()
-    model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: row for row, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [(token, SPECIAL.index(token)) for token in ("[CLS]", "[SEP]")]
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=512, **names).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=512, **names)
+    for name, saved in (("encoder", model), ("masked_lm", with_head(model))):
+        saved.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def with_head(model: BertModel) -> BertForMaskedLM:
+    masked_lm = BertForMaskedLM(model.config)
+    masked_lm.bert.load_state_dict(model.state_dict(), strict=False)  # all but the pooler, which it lacks
+    head: Any = masked_lm.cls.predictions
+    with torch.no_grad():
+        head.transform.dense.weight.copy_(torch.eye(HIDDEN))
+        head.transform.dense.bias.fill_(4.0)  # where GELU is linear; the layer norm after it takes the shift off again
+        head.bias.fill_(-THRESHOLD)
+    return masked_lm
 
 
 def pseudo_words(random: np.random.Generator) -> Iterator[str]:

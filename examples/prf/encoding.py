@@ -208,7 +208,7 @@ def encode_texts(
     return stack(parts, form)[np.argsort(order)]
 
 
-def largest_terms(vectors: sp.csr_matrix, number: int) -> sp.csr_matrix:
+def largest_terms(vectors: Vectors, number: int) -> sp.csr_matrix:
     """The `number` largest weights of each row; of equal ones those of the first columns."""
     rows = np.repeat(np.arange(vectors.shape[0]), np.diff(vectors.indptr))
     order = np.lexsort((vectors.indices, -vectors.data, rows))

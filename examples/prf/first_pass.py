@@ -105,7 +105,8 @@ Index = DenseIndex | SparseIndex
 
 
 def best_passages(query: Any, postings: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scores of the best passages for a query (1, vocabulary); sorted are only those that can be among them."""
+    """Rows and scores of the best passages for a query (1, vocabulary). Only those that can be among them are sorted,
+    for a query meets a good part of a large corpus."""
     found = (query @ postings).tocsr()  # (1, passages)
     rows, scores = found.indices, found.data
     if len(scores) > number:

@@ -1,6 +1,6 @@
 """Train and evaluate a query reformulator for pseudo-relevance feedback.
 
-    python examples/prf/run_prf.py examples/prf/demo.yaml
+    python examples/prf/run_prf.py examples/prf/demo.yaml        # or demo_sparse.yaml
     python examples/prf/run_prf.py CONFIG.yaml [--argument value …]
     accelerate launch examples/prf/run_prf.py CONFIG.yaml        # encoding and training on several processes
 
