@@ -498,6 +498,7 @@ def test_logs_of_two_processes_are_means_over_both(two_processes, one_process):
         assert ours == pytest.approx(expected)
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize(
     "name", ["whole_loss_full", "whole_loss_ablated_2", "whole_violation_rate", "short_loss_full"]
 )
