@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -53,23 +54,23 @@ def comparison_table(results: Mapping[str, CollectionResult], main: str = MEASUR
 
 def plot_curves(results: Mapping[str, CollectionResult], path: Path, title: str, main: str = MEASURE) -> None:
     """The measure over the number of feedback passages, one line a run; left as means, right as robustness index."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
     first = next(iter(results.values()))
     left.axhline(np.mean(first.first_pass[main]), color="black", linestyle="--", linewidth=1, label="first pass")
     left.axhline(np.mean(first.bm25[main]), color="gray", linestyle=":", linewidth=1, label="BM25")
     right.axhline(0, color="black", linestyle="--", linewidth=1)
-    for name, result in results.items():
+    for (name, result), marker, dashes in zip(results.items(), cycle("osD^v"), cycle(["-", "--", "-.", ":"])):
         rows = curve_rows(name, result, main)
         numbers = [row["passages"] for row in rows]
-        left.plot(numbers, [row[main] for row in rows], marker="o", markersize=4, label=name)
-        right.plot(numbers, [row["robustness"] for row in rows], marker="o", markersize=4, label=name)
+        line = {"marker": marker, "linestyle": dashes, "markersize": 6, "fillstyle": "none", "label": name}
+        left.plot(numbers, [row[main] for row in rows], **line)
+        right.plot(numbers, [row["robustness"] for row in rows], **line)
     left.set(xlabel="feedback passages", ylabel=main, title=title)
     right.set(xlabel="feedback passages", ylabel="robustness index against the first pass", title="helped minus hurt")
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9, frameon=False)
     for axis in (left, right):
         axis.set_xticks(range(len(first.reformulated)))
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
