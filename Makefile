@@ -63,6 +63,7 @@ dist: $(READY) ## sdist and wheel in dist/, checked; the wheel, in a fresh envir
 	rm -rf dist $(VENV)-dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/scripts/check_release.py dist
 	$(PYTHON) -m venv $(VENV)-dist
 	$(VENV)-dist/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt "$$(ls dist/*.whl)[plot]"
 	$(VENV)-dist/bin/python examples/demo/demo.py
