@@ -46,7 +46,7 @@ CITATIONS = """\
 @inproceedings{zhu2022lol,
   title = {{LoL}: A Comparative Regularization Loss over Query Reformulation Losses for Pseudo-Relevance Feedback},
   author = {Zhu, Yunchang and Pang, Liang and Lan, Yanyan and Shen, Huawei and Cheng, Xueqi},
-  booktitle = {Proceedings of the 45th International ACM SIGIR Conference},
+  booktitle = {International ACM SIGIR Conference on Research and Development in Information Retrieval},
   year = {2022},
   doi = {10.1145/3477495.3532017}
 }"""

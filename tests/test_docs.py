@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from cmp_trainer import CmpTrainingArguments
+from cmp_trainer.model_card import CITATIONS
 from tests.helpers import SMALL, letter_tokenizer
 from tests.hub_server import HubServer, take_for_the_hub
 
@@ -87,6 +88,10 @@ def test_every_case_of_the_compatibility_page_names_its_test_or_says_that_it_was
     rows = [row for _, _, *rows in tables for row in rows]
     assert len(rows) > 40
     assert not [row for row in rows if "::" not in row and "the same |" not in row and "not tried" not in row]
+
+
+def test_the_readme_cites_as_model_cards_do():
+    assert CITATIONS in (ROOT / "README.md").read_text()
 
 
 def test_messages_of_the_trouble_page_are_messages_of_the_code():
