@@ -19,7 +19,7 @@ from cmp_trainer.variants import Variant
 
 Forward = Callable[[Mapping[str, Any], AbstractContextManager], tuple[TaskLosses, Any]]
 
-STACKING_PAYS_UP_TO = 2048
+STACKING_PAYS_UP_TO = 1024
 """Tokens of the batch up to which one stacked forward is faster; measured, see docs/performance.md."""
 
 
