@@ -33,9 +33,13 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
+    from torch import distributed
+
     from cmp_trainer.drop_in import run_script
 
     run_script(parsed.script, parsed.arguments)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads may abort a process that ends before them
 
 
 def _add_curve(commands: argparse._SubParsersAction) -> None:

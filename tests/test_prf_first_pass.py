@@ -126,6 +126,7 @@ def test_of_equal_weights_the_first_entries_are_kept_and_short_rows_stay():
 SHARED = """
 import sys
 sys.path.insert(0, sys.argv[1])
+from accelerate import PartialState
 from collection import load_collection
 from encoding import encode_corpus
 from reformulators import DenseReformulator, SparseReformulator
@@ -137,6 +138,7 @@ passages = load_collection(f"{demo}/collection:test").passages
 model = DenseReformulator.from_encoder(f"{demo}/encoder", pooling="mean", normalize=True)
 encode_corpus(model, tokenizer, passages, folder + "/dense", block_size=100)
 encode_corpus(SparseReformulator.from_encoder(masked_lm), tokenizer, passages, folder + "/sparse", block_size=100)
+PartialState().destroy_process_group()
 """
 
 

@@ -48,6 +48,7 @@ def main() -> None:
         results = run_split(experiment, args, experiment.train_with_run(), experiment.tests_with_runs())
     if results and PartialState().is_main_process:
         report(results, Path(str(args.output_dir)), settings_of(data_args, args))
+    PartialState().destroy_process_group()  # whose threads may abort a process that ends before them
 
 
 def run_folds(experiment: Experiment, args: CmpTrainingArguments) -> dict[str, CollectionResult]:

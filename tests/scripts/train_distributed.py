@@ -116,6 +116,7 @@ def main() -> None:
     results = {name: train(output_dir, tokens(ROWS), 1, **settings[name]) for name in names}
     rank = torch.distributed.get_rank()
     torch.save(results, Path(output_dir, f"rank_{rank}.pt"))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
