@@ -324,3 +324,10 @@ def test_losses_in_parts_are_compared_apart_and_averaged(tmp_path):
 
 def test_cmp_trainer_is_a_trainer():
     assert issubclass(CmpTrainer, Trainer)
+
+
+def test_the_model_that_is_looked_into_is_the_one_that_is_trained_now(tmp_path):
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=1)
+    assert trainer._bare_model is trainer.model
+    trainer.model = tiny_bert()  # as a hyperparameter search does
+    assert trainer._bare_model is trainer.model
