@@ -132,23 +132,30 @@ from encoding import encode_corpus
 from reformulators import DenseReformulator, SparseReformulator
 from transformers import AutoTokenizer
 
-demo, masked_lm, folder = sys.argv[2:]
+demo, masked_lm, folder, cpu = sys.argv[2:]
+state = PartialState(cpu=cpu == "cpu")
 tokenizer = AutoTokenizer.from_pretrained(f"{demo}/encoder")
 passages = load_collection(f"{demo}/collection:test").passages
 model = DenseReformulator.from_encoder(f"{demo}/encoder", pooling="mean", normalize=True)
 encode_corpus(model, tokenizer, passages, folder + "/dense", block_size=100)
 encode_corpus(SparseReformulator.from_encoder(masked_lm), tokenizer, passages, folder + "/sparse", block_size=100)
-PartialState().destroy_process_group()
+print(f"process {state.process_index + 1} of {state.num_processes}", flush=True)
+state.destroy_process_group()
 """
 
 
-def test_two_processes_share_the_blocks_of_an_encoding(demo, masked_lm, dense, sparse, tokenizer, tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
+def launch_two(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    (folder / "shared.py").write_text(SHARED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    folder = str(Path(encoding.__file__).parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, "shared.py", folder, str(demo), masked_lm, "vectors"]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=500)
+    command = [*launch, "shared.py", str(Path(encoding.__file__).parent), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def test_two_processes_share_the_blocks_of_an_encoding(demo, masked_lm, dense, sparse, tokenizer, tmp_path):
+    done = launch_two(tmp_path, str(demo), masked_lm, "vectors", "cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == ["process 1 of 2", "process 2 of 2"]
     passages = load_collection(f"{demo}/collection:test").passages
     rows = [0, 99, 100, 250, 511]
     for name, model in (("dense", dense), ("sparse", sparse)):
@@ -156,6 +163,12 @@ def test_two_processes_share_the_blocks_of_an_encoding(demo, masked_lm, dense, s
         corpus = encode_corpus(model, tokenizer, passages, tmp_path / "vectors" / name, block_size=100)
         wanted = encode_texts(model, tokenizer, passages.texts(rows), form=name)
         np.testing.assert_allclose(as_array(corpus.rows(rows)), as_array(wanted), atol=1e-5)
+
+
+def test_two_processes_that_do_not_know_of_each_other_encode_nothing(demo, masked_lm, tmp_path):
+    done = launch_two(tmp_path, str(demo), masked_lm, "vectors", "unknown")
+    assert done.returncode and "2 processes were launched, but this one knows of 1" in done.stderr
+    assert not (tmp_path / "vectors").exists()
 
 
 def as_array(vectors) -> np.ndarray:

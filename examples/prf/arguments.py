@@ -77,14 +77,23 @@ class PrfArguments:
             )
 
 
+def check_launch(known: int) -> None:
+    """Raises ValueError where more processes were launched than the `known` ones, which share the work and its files.
+
+    accelerate takes a CPU for one of several only where it is told to use it: by `--use_cpu`, or by
+    `PartialState(cpu=True)` in a script of your own."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != known:
+        raise ValueError(
+            f"{launched} processes were launched, but this one knows of {known} and would do all the work of the "
+            "others again; on a machine without GPUs give --use_cpu true (in a script of your own, begin with "
+            "PartialState(cpu=True))"
+        )
+
+
 def check_training(data_args: PrfArguments, args: CmpTrainingArguments) -> None:
     """Raises ValueError where the arguments, or the launch, do not fit a reformulator's training."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != args.world_size:
-        raise ValueError(
-            f"{launched} processes were launched, but this one knows of {args.world_size} and would do all the work "
-            "of the others again; on a machine without GPUs give --use_cpu true"
-        )
+    check_launch(args.world_size)
     args.remove_unused_columns = False  # the collator reads queries, not columns
     if args.do_train and not data_args.train_collection:
         raise ValueError("--do_train needs --train_collection")

@@ -20,6 +20,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from accelerate import PartialState
+from arguments import check_launch
 from collection import Passages
 from feedback import query_inputs
 from reformulators import Reformulator
@@ -157,6 +158,7 @@ def import_sparse_vectors(
 def write_blocks(folder: Path, card: EncodingCard, make_block: Callable[[range], Vectors]) -> EncodedCorpus:
     """Make the blocks that are missing, shared among the processes of this launch."""
     state = PartialState()
+    check_launch(state.num_processes)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "encoding.json").exists():
         card.check(folder / "encoding.json")
