@@ -134,9 +134,15 @@ def _drop_groups_at_once(stacked: Tensor, rates: Sequence[float]) -> Tensor:
     PyTorch's CPU kernel keeps a neuron where a uniform number in double precision is below 1 - rate. So one draw
     of these numbers gives the masks of all groups, and leaves the random state where one call leaves it.
     """
-    uniform = torch.empty_like(stacked[: len(stacked) // len(rates)], dtype=torch.float64).uniform_()
-    noise = torch.stack([(uniform < 1 - rate).to(stacked.dtype).div_(1 - rate) for rate in rates])
-    return stacked * noise.flatten(0, 1)
+    groups = stacked.split(len(stacked) // len(rates))
+    uniform = torch.empty_like(groups[0], dtype=torch.float64).uniform_()
+    pairs = zip(groups, rates, strict=True)
+    return torch.cat([group * _noise(uniform, rate, group) if rate else group for group, rate in pairs])
+
+
+def _noise(uniform: Tensor, rate: float, like: Tensor) -> Tensor:
+    """0 where a neuron is dropped, 1 / (1 - rate) where it is kept."""
+    return torch.lt(uniform, 1 - rate, out=torch.empty_like(like)).div_(1 - rate)
 
 
 def _groups(value: Any, num_rows: int, num_groups: int) -> Sequence[Any]:

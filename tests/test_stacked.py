@@ -70,6 +70,14 @@ def test_every_group_gets_the_masks_of_a_forward_of_its_own(call, dtype, p):
     assert torch.equal(torch.get_rng_state(), state_after)
 
 
+def test_the_rows_of_the_full_model_get_no_mask():
+    rows, kept = ROWS.clone().requires_grad_(), []
+    watch = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None)
+    with watch, StackedDrop([0, 1, 2]):
+        F.dropout(torch.cat([rows] * 3), 0.4)
+    assert sum(kept) == 2 * ROWS.numel()
+
+
 @pytest.mark.parametrize("mask", [None, torch.zeros(1, 1, 6, 6), torch.randn(3, 1, 6, 6)], ids=["no", "shared", "own"])
 def test_attention_gets_them_too_with_any_mask(mask):
     def attend(query, key, value, attn_mask):
