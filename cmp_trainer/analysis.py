@@ -69,7 +69,7 @@ def ablation_curve(
         examples whose loss is higher at a lower level), and one for each metric. Level 0 is the full model.
 
     Raises:
-        ValueError: no data, no seeds, no labels, or a model in which nothing can be dropped.
+        ValueError: no data, no seeds, no labels, no ablation, or a model in which nothing can be dropped.
     """
     dataset = trainer.eval_dataset if dataset is None else dataset
     if dataset is None or not seeds:
@@ -77,6 +77,8 @@ def ablation_curve(
         raise ValueError(f"an ablation curve needs examples and seeds; there are {missing}.")
     plans = {"drops": [Variant(level, 0) for level in range(1 + _most_drops(trainer, drops))]}
     plans["crops"] = [Variant(0, level) for level in range(1 + _most_crops(trainer, dataset, crops))]
+    if all(len(plan) < 2 for plan in plans.values()):
+        raise ValueError(f"there is no ablation to measure: {drops} drops and no crops; ask for 1 drop or more.")
     compute_metrics = _metrics_function(trainer)
     runs = {
         (ablation, seed): [_Level(compute_metrics is not None) for _ in plan]

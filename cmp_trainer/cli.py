@@ -27,9 +27,15 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         "that its command line understands --cmp_num_ablations and the other arguments of comparative loss.",
         epilog="On several devices: accelerate launch -m cmp_trainer.cli run script.py …, or torchrun likewise.",
     )
-    parser.add_argument("script", help="path of the script")
+    parser.add_argument("script", type=_script, help="path of the script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own command line")
     parser.set_defaults(command=_run)
+
+
+def _script(path: str) -> str:
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{path} is no file; expected the path of a Python script")
+    return path
 
 
 def _run(parsed: argparse.Namespace) -> None:
@@ -59,7 +65,9 @@ def _add_curve(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--columns", nargs="+", help="text columns to classify; by default all text columns but label")
     parser.add_argument("--names", nargs="+", help="what the models are called; by default their folders' names")
     parser.add_argument("--drops", type=int, default=3, help="K, the most cumulative drops (default: %(default)s)")
-    parser.add_argument("--dropout", type=float, help="rate at every dropout site in place of the models' own")
+    parser.add_argument(
+        "--dropout", "--cmp_dropout", type=float, help="rate at every dropout site in place of the models' own"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of mask seeds (default: %(default)s)")
     parser.add_argument("--metric", help="the metric that is drawn; by default the first")
     parser.add_argument("--max_samples", type=int, help="only the first so many rows")

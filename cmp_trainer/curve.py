@@ -9,6 +9,7 @@ what the metrics are, in curve_data.py.
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from cmp_trainer.analysis import ablation_curve, as_text, plot_curves
 from cmp_trainer.cropping import SEGMENTS
 from cmp_trainer.curve_data import TaskData, prepare, task_of
-from cmp_trainer.scripting import load_file, plain_errors
+from cmp_trainer.scripting import load_file, plain_errors, take_split
 from cmp_trainer.trainer import CmpTrainer
 from cmp_trainer.training_args import CmpTrainingArguments
 
@@ -33,6 +34,7 @@ def run_curve(options: argparse.Namespace) -> None:
     Raises:
         SystemExit: with one line that says what is wrong with models, data or options.
     """
+    _check_options(options)
     names = _names(options.models, options.names)
     transformers_logging.set_verbosity_error()
     curves = [_measure(model, name, options) for model, name in zip(options.models, names, strict=True)]
@@ -47,10 +49,11 @@ def _measure(path: str, name: str, options: argparse.Namespace) -> pd.DataFrame:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path!r} holds no saved model and tokenizer: {str(error).splitlines()[0]}") from error
-    rows = load_file(Path(options.data), "data")
-    rows = rows.select(range(min(len(rows), options.max_samples or len(rows))))
+    rows = take_split({"data": load_file(Path(options.data), "data")}, "data", [], options.max_samples)
     task = options.task or task_of(config, rows)
     data = prepare(task, rows, tokenizer, config, options.columns, options.max_length)
+    if options.metric is not None and options.metric not in data.metrics:
+        raise ValueError(f"--metric {options.metric} is none of this task; it has {', '.join(data.metrics) or 'none'}")
     model = getattr(transformers, _architecture(config, path)).from_pretrained(path)
     trainer = CmpTrainer(
         model=model,
@@ -84,6 +87,16 @@ def _write(curve: pd.DataFrame, options: argparse.Namespace) -> None:
     curve.to_json(files[1], orient="records", indent=1, double_precision=15)
     plot_curves(curve, options.metric).savefig(files[2])
     print(f"written: {', '.join(str(file) for file in files)}")
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    for name in ("seeds", "max_length", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: expected 1 or more")
+    needed = {"sklearn": "scikit-learn", "scipy": "scipy", "torchmetrics": "torchmetrics", "matplotlib": "matplotlib"}
+    missing = [package for module, package in needed.items() if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"curves need {', '.join(missing)}: pip install cmp-trainer[plot]")
 
 
 def _names(models: Sequence[str], given: Sequence[str] | None) -> Sequence[str]:

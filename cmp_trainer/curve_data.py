@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, EvalPrediction
 
 from cmp_trainer.cropping import SEGMENTS, CmpCropCollator
+from cmp_trainer.scripting import check_texts
 
 TASKS = ("text-classification", "question-answering", "tokenized")
 STRIDE, LONGEST_ANSWER = 128, 30
@@ -31,7 +32,8 @@ class TaskData:
 
     dataset: Dataset
     collator: Any
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+    metrics: tuple[str, ...] = ()  # what compute_metrics returns
 
 
 def task_of(config: Any, rows: Dataset) -> str:
@@ -68,14 +70,16 @@ def prepare(
         return _question_answering(rows, tokenizer, max_length)
     _require_columns(rows, ["input_ids"], task)
     collator = CmpCropCollator(tokenizer) if SEGMENTS in rows.column_names else DataCollatorWithPadding(tokenizer)
-    return TaskData(rows, collator, None)
+    return TaskData(rows, collator)
 
 
 def _classification(
     rows: Dataset, tokenizer: Any, config: Any, columns: Sequence[str] | None, max_length: int
 ) -> TaskData:
-    texts = columns or [name for name in rows.column_names if rows.features[name].dtype in ("string", "large_string")]
-    texts = [name for name in texts if name != "label"]
+    strings = [
+        name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")
+    ]
+    texts = columns or [name for name in strings if name != "label"]
     _require_columns(rows, [*texts, "label"], "text-classification")
     if not 1 <= len(texts) <= 2:
         found = ", ".join(rows.column_names)
@@ -83,16 +87,20 @@ def _classification(
             f"text-classification takes one or two text columns, not {len(texts)}; name them with --columns (found: "
             f"{found})"
         )
+    check_texts(rows, "data", texts)
     labels = [_label(value, config) for value in rows["label"]]
     encoded = tokenizer(*(list(rows[name]) for name in texts), truncation=True, max_length=max_length)
-    metrics = _correlations if config.num_labels == 1 else _classification_metrics
-    return TaskData(Dataset.from_dict({**encoded, "labels": labels}), DataCollatorWithPadding(tokenizer), metrics)
+    dataset, collator = Dataset.from_dict({**encoded, "labels": labels}), DataCollatorWithPadding(tokenizer)
+    if config.num_labels == 1:
+        return TaskData(dataset, collator, _correlations, ("pearson", "spearman"))
+    metrics = ("accuracy", "matthews_correlation", *(["f1"] if config.num_labels == 2 else []))
+    return TaskData(dataset, collator, _classification_metrics, metrics)
 
 
 def _label(value: Any, config: Any) -> int | float:
     if config.num_labels == 1:
         return float(value)
-    number = config.label2id.get(value, value)
+    number = config.label2id.get(value, value) if isinstance(value, str) else value
     if isinstance(number, str) and number.isdigit():
         number = int(number)
     if not isinstance(number, int) or not 0 <= number < config.num_labels:
@@ -120,6 +128,7 @@ def _correlations(prediction: EvalPrediction) -> dict[str, float]:
 
 def _question_answering(rows: Dataset, tokenizer: Any, max_length: int) -> TaskData:
     _require_columns(rows, ["question", "context", "answers"], "question-answering")
+    check_texts(rows, "data", ["question", "context"])
     questions, contexts = list(rows["question"]), list(rows["context"])
     encoded = tokenizer(
         questions,
@@ -151,7 +160,7 @@ def _question_answering(rows: Dataset, tokenizer: Any, max_length: int) -> TaskD
             best[sample] = max(best.get(sample, (-np.inf, "")), (score, text))
         return _squad_scores([best[sample][1] for sample in range(len(rows))], answers)
 
-    return TaskData(dataset, DataCollatorWithPadding(tokenizer), compute_metrics)
+    return TaskData(dataset, DataCollatorWithPadding(tokenizer), compute_metrics, ("exact_match", "f1"))
 
 
 def _answer_positions(window: Sequence[tuple[int, int] | None], answers: Mapping[str, Any]) -> tuple[int, int]:

@@ -147,9 +147,11 @@ def test_a_model_without_dropout_is_refused(tmp_path):
         cmp_trainer(tmp_path, model).evaluate_ablations()
 
 
-def test_no_seed_and_no_data_are_refused(trainer):
+def test_no_seed_no_ablation_and_no_data_are_refused(trainer):
     with pytest.raises(ValueError, match="no seeds"):
         trainer.evaluate_ablations(seeds=[])
+    with pytest.raises(ValueError, match="no ablation to measure: 0 drops"):
+        trainer.evaluate_ablations(drops=0)
     trainer.eval_dataset = None
     with pytest.raises(ValueError, match="no data"):
         trainer.evaluate_ablations()

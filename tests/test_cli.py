@@ -13,7 +13,7 @@ import transformers
 from transformers import trainer as trainer_module
 
 from cmp_trainer import cli
-from cmp_trainer.drop_in import REPLACEMENTS
+from cmp_trainer.drop_in import REPLACEMENTS, run_script
 from tests.helpers import free_port
 
 SCRIPT = Path(__file__).parent / "scripts" / "classify_text.py"
@@ -98,9 +98,12 @@ def test_a_bad_argument_is_refused_before_training(tmp_path):
         run(tmp_path, "--cmp_num_ablations", "2", "--cmp_num_crops", "3")
 
 
-def test_a_script_that_is_not_there_is_named():
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.py is no file"):
+def test_a_script_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
         cli.main(["run", "nowhere.py"])
+    assert "error: argument script: nowhere.py is no file" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.py is no file"):
+        run_script("nowhere.py")
 
 
 def subprocess_of(command, output_dir):

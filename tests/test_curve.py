@@ -107,6 +107,7 @@ def test_right_positions_score_100_percent(tmp_path):
     assert max(data.dataset["start_positions"]) > 0
     scores = data.compute_metrics(EvalPrediction(predictions=(starts, ends), label_ids=None))
     assert scores == {"exact_match": 100.0, "f1": 100.0}
+    assert data.metrics == tuple(scores)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,11 @@ def test_right_positions_score_100_percent(tmp_path):
         (["--names", "a"], "1 names for 2 models"),
         (["--task", "question-answering"], "needs the column 'question'"),
         (["--dropout", "2"], "--cmp_dropout 2.0 is no dropout rate"),
-        (["--seeds", "0"], "no seeds"),
+        (["--seeds", "0"], "--seeds 0: expected 1 or more"),
+        (["--batch_size", "0"], "--batch_size 0: expected 1 or more"),
+        (["--max_samples", "0"], "0 samples of data were asked for; expected 1 or more"),
+        (["--drops", "0"], "no ablation to measure: 0 drops"),
+        (["--metric", "exact_match"], "--metric exact_match is none of this task; it has accuracy, matthews_corr"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -129,10 +134,43 @@ def test_a_wrong_command_line_ends_with_one_line(change, message, models, data, 
     assert message in error
 
 
-def test_a_label_the_model_does_not_know_is_refused(models, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sentence": "a", "label": 7}, "label 7 is none of the model's: 0 (bad), 1 (good)"),
+        ({"sentence": "a", "label": [0, 1]}, "label [0, 1] is none of the model's: 0 (bad), 1 (good)"),
+        ({"sentence": None, "label": 1}, "column 'sentence' of data is empty in 1 of 2 rows"),
+    ],
+)
+def test_a_row_that_the_model_cannot_take_is_refused(row, message, models, tmp_path, capsys):
+    rows = [{**row, "sentence": "b"}, row]
     with pytest.raises(SystemExit):
-        curve(capsys, models[0], "--data", write(tmp_path / "x.jsonl", [{"sentence": "a", "label": 7}]))
-    assert "label 7 is none of the model's: 0 (bad), 1 (good)" in capsys.readouterr().err
+        curve(capsys, models[0], "--data", write(tmp_path / "x.jsonl", rows))
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_without_dropout_is_measured_at_the_rate_that_its_error_names(data, tmp_path, capsys):
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = save(tmp_path / "model", tiny_bert(num_labels=2, **rates))
+    with pytest.raises(SystemExit):
+        curve(capsys, model, "--data", data)
+    assert "Pass --cmp_dropout 0.1" in capsys.readouterr().err
+    assert "mean" in curve(capsys, model, "--data", data, "--cmp_dropout", "0.1", "--seeds", "1")
+
+
+def test_a_library_that_is_not_installed_is_named_before_anything_is_measured(models, data, monkeypatch, capsys):
+    monkeypatch.setattr("cmp_trainer.curve.find_spec", lambda name: None if name == "sklearn" else True)
+    with pytest.raises(SystemExit):
+        curve(capsys, *models, "--data", data)
+    assert "curves need scikit-learn: pip install cmp-trainer[plot]" in capsys.readouterr().err
+
+
+def test_the_metrics_that_a_task_names_are_those_it_computes(models, data, tmp_path, capsys):
+    curve(capsys, models[0], "--data", data, "--seeds", "1", "--output", str(tmp_path / "x"), "--metric", "f1")
+    measured = list(pd.read_csv(tmp_path / "x.csv").columns[7:])
+    rows = Dataset.from_json(data)
+    tokenizer, config = letter_tokenizer(), BertConfig(**SMALL, num_labels=2)
+    assert list(prepare("text-classification", rows, tokenizer, config, None, 32).metrics) == measured
 
 
 def test_what_is_no_model_is_said(data, tmp_path, capsys):
