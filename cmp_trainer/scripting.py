@@ -39,6 +39,7 @@ import transformers
 import yaml
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
@@ -117,7 +118,7 @@ def plain_errors() -> Iterator[None]:
         if module != "__main__" and module.split(".")[0] != "cmp_trainer" and not is_beside:
             raise
         logger.debug("the error came from here", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, also under a progress bar
         raise SystemExit(2) from error
 
 
@@ -268,7 +269,8 @@ def check_texts(dataset: Dataset, split: str, columns: Iterable[str]) -> None:
         ValueError: Another type, or missing values, with their number and the first row.
     """
     for column in columns:
-        dtype = dataset.features[column].dtype
+        kind = dataset.features[column]
+        dtype = getattr(kind, "dtype", type(kind).__name__)
         if dtype not in ("string", "large_string"):
             raise ValueError(f"column {column!r} of {split} holds {dtype}; expected text")
         missing = [row for row, text in enumerate(dataset[column]) if text is None]

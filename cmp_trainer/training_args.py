@@ -6,6 +6,7 @@ and what to do.
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, cast, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -141,6 +142,7 @@ class CmpTrainingArguments(TrainingArguments):
                 getattr(self, name),
                 f"is none of the choices; use one of {', '.join(choices)}",
             )
+        _check_numbers(self)
         _check_counts(self)
         _check_dropout(self)
         _check_objective(self)
@@ -172,6 +174,17 @@ _CHOICES = {
     "cmp_forward": get_args(ForwardChoice),
 }
 _REGULARIZED_ONLY = {"cmp_primary": "max", "cmp_weight": 1.0, "cmp_loss_threshold": None}
+
+
+def _check_numbers(args: CmpTrainingArguments) -> None:
+    """YAML reads 1e-1 as text; a config that is not read by `parse_arguments` brings such text here."""
+    for name in ("cmp_temperature", "cmp_margin", "cmp_weight", "cmp_dropout", "cmp_loss_threshold"):
+        value, may_be_none = getattr(args, name), name in ("cmp_dropout", "cmp_loss_threshold")
+        fix = f"is {type(value).__name__}, not a number" + ("; in YAML write 0.1, not 1e-1" * isinstance(value, str))
+        _require(_is_real(value) or (value is None and may_be_none), name, value, fix)
+    rates = args.cmp_dropout_rates
+    are_numbers = isinstance(rates, list | tuple) and all(_is_real(rate) for rate in rates)
+    _require(rates is None or are_numbers, "cmp_dropout_rates", rates, "is no list of numbers; give [0.1, 0.2]")
 
 
 def _check_counts(args: CmpTrainingArguments) -> None:
@@ -247,8 +260,12 @@ def _require(holds: bool, name: str, value: Any, fix: str) -> None:
         raise ValueError(f"--{name} {value} {fix}.")
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _is_number(value: Any) -> bool:
     try:
         return math.isfinite(float(value))
-    except ValueError:
+    except (TypeError, ValueError):
         return False

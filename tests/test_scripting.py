@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pandas
 import pytest
 from datasets import Dataset
 from helpers import cmp_trainer, token_data, training_arguments
+from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from cmp_trainer import CmpTrainingArguments
@@ -253,7 +255,11 @@ def test_a_subset_of_nothing_is_refused(asked):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [([1, 2], "holds int64; expected text"), (["a", None], r"empty in 1 of 2 rows \(first: row 1")],
+    [
+        ([1, 2], "holds int64; expected text"),
+        ([["a"], ["b"]], "holds (List|Sequence); expected text"),
+        (["a", None], r"empty in 1 of 2 rows \(first: row 1"),
+    ],
 )
 def test_columns_that_are_not_text_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
@@ -308,6 +314,12 @@ def test_errors_of_the_input_end_in_one_line(capsys):
         take_split({}, "train", [])
     assert end.value.code == 2
     assert capsys.readouterr().err.splitlines() == ["error: there is no split 'train' (found: ); pass --train_file"]
+
+
+def test_an_error_under_a_progress_bar_is_a_line_of_its_own(capsys):
+    with tqdm(total=3), pytest.raises(SystemExit), plain_errors():
+        take_split({}, "train", [])
+    assert re.search(r"[\r\n]error: there is no split 'train'", capsys.readouterr().err)
 
 
 def test_errors_of_other_code_keep_their_traceback():

@@ -63,6 +63,11 @@ def test_arguments_survive_serialization(tmp_path):
         ({"cmp_objective": "regularized", "cmp_baseline": "best"}, "--cmp_baseline best means nothing to the regul"),
         ({"cmp_objective": "regularized", "cmp_weight": -1.0}, "--cmp_weight -1.0 has to be 0 or a positive number"),
         ({"cmp_ranking": "pairwize"}, "--cmp_ranking pairwize is none of the choices"),
+        ({"cmp_dropout": "1e-1"}, "--cmp_dropout 1e-1 is str, not a number; in YAML write 0.1"),
+        ({"cmp_temperature": None}, "--cmp_temperature None is NoneType, not a number"),
+        ({"cmp_dropout_rates": 0.1}, "--cmp_dropout_rates 0.1 is no list of numbers"),
+        ({"cmp_dropout_rates": ["1e-1"]}, "is no list of numbers"),
+        ({"cmp_baseline": None}, "--cmp_baseline None is no baseline"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(bad, message, tmp_path):
