@@ -72,6 +72,18 @@ def test_trec_judgements_are_read_too(tmp_path):
     assert read_qrels(tmp_path / "qrels.txt") == {"q1": {"d1": 2, "d2": 0}}
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [({"_id": "q1", "text": None}, "query q1 has None for a text"), ({"_id": "q2", "text": "?"}, "query q2 has two")],
+)
+def test_queries_without_a_text_or_with_two_are_refused(tmp_path, line, message):
+    name = write_folder(tmp_path / "c", PASSAGES, {"q2": "whale"}, [("q2", "doc-a", 1)])
+    with open(tmp_path / "c" / "queries.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_collection(name)
+
+
 def test_repeated_ids_are_refused(tmp_path):
     name = write_folder(tmp_path / "c", PASSAGES, QUERIES, [("q1", "doc-a", 1)])
     corpus = tmp_path / "c" / "corpus.jsonl"
@@ -123,6 +135,11 @@ def test_a_run_with_two_meanings_is_refused(tmp_path, lines, message):
     (tmp_path / "run.trec").write_text(lines)
     with pytest.raises(ValueError, match=message):
         read_run(tmp_path / "run.trec")
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none.trec does not exist"):
+        read_run(tmp_path / "none.trec")
 
 
 def test_ids_that_a_run_file_cannot_hold_are_refused(tmp_path):

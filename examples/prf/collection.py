@@ -116,7 +116,7 @@ def beir_collection(folder: Path, split: str = "") -> Collection:
                 f"{path} is missing; the BEIR form has corpus.jsonl, queries.jsonl and qrels.tsv, or "
                 "qrels/<split>.tsv with the collection named folder:split"
             )
-    queries = {record["_id"]: record["text"] for record in read_jsonl(queries_path)}
+    queries = read_queries(queries_path)
     name = f"{folder.name}:{split}" if split else folder.name
     return checked_collection(name, folder_passages(corpus.resolve()), queries, read_qrels(qrels_path))
 
@@ -135,6 +135,18 @@ def checked_collection(
         raise ValueError(f"{name}: no query has a judgement; do the ids of queries and qrels agree?")
     ordered = {query: text for query, text in queries.items() if query in judged}
     return Collection(name, passages, ordered, {query: judged[query] for query in ordered}, relevance_level)
+
+
+def read_queries(path: Path) -> dict[str, str]:
+    """Texts by id. Raises ValueError for a query that has no text, or two."""
+    queries: dict[str, str] = {}
+    for record in read_jsonl(path):
+        query, text = record["_id"], record["text"]
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: query {query} has {text!r} for a text; complete or remove it")
+        if queries.setdefault(query, text) != text:
+            raise ValueError(f"{path}: query {query} has two texts; give each query an id of its own")
+    return queries
 
 
 def read_qrels(path: Path) -> Qrels:

@@ -16,7 +16,9 @@ Run = dict[str, list[tuple[str, float]]]
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a TREC run file. Raises ValueError with the line for what cannot be read or has two meanings."""
+    """Read a TREC run file. Raises ValueError where there is none, and with the line for what has not one meaning."""
+    if not Path(path).is_file():
+        raise ValueError(f"the run {path} does not exist")
     entries: dict[str, list[tuple[int, str, float]]] = {}
     disordered = 0
     with open(path, encoding="utf-8") as lines:
