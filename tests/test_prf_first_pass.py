@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import encoding
+import faiss
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -243,6 +244,42 @@ def test_dense_search_finds_the_best_inner_products(dense, tokenizer, passages, 
         np.testing.assert_allclose(np.take_along_axis(scores, rows, axis=1), found, rtol=1e-5)
 
 
+@pytest.mark.parametrize("factory", ["PCA32,IVF8,Flat", "IVF8,Flat,RFlat"])
+def test_an_ivf_index_inside_of_another_is_searched_as_deep(dense, tokenizer, passages, tmp_path, factory):
+    corpus = encode_corpus(dense, tokenizer, passages, tmp_path)
+    queries = encode_texts(dense, tokenizer, passages.texts(range(5)))
+    rows, _ = DenseIndex(corpus, tmp_path / "index.faiss", factory, depth=8).search(queries, 40)
+    assert (np.sort(rows, axis=1) == np.arange(40)).all()  # all lists are visited; one of eight would hold a few
+
+
+def test_an_hnsw_index_inside_of_another_is_searched_as_deep(dense, tokenizer, passages, tmp_path):
+    corpus = encode_corpus(dense, tokenizer, passages, tmp_path)
+    index = DenseIndex(corpus, tmp_path / "index.faiss", "PCA32,HNSW8", depth=77).index
+    assert faiss.downcast_index(index.index).hnsw.efSearch == 77
+
+
+def test_an_index_that_faiss_does_not_know_is_refused(dense, tokenizer, passages, tmp_path):
+    corpus = encode_corpus(dense, tokenizer, passages, tmp_path)
+    with pytest.raises(ValueError, match=r"--index Bogus is no index of FAISS for 64 dimensions .*could not parse"):
+        DenseIndex(corpus, tmp_path / "index.faiss", "Bogus")
+
+
+def test_an_index_without_its_card_is_refused(dense, tokenizer, passages, tmp_path):
+    corpus = encode_corpus(dense, tokenizer, passages, tmp_path)
+    DenseIndex(corpus, tmp_path / "index.faiss")
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"index.json is missing"):
+        DenseIndex(corpus, tmp_path / "index.faiss")
+
+
+def test_vectors_that_are_no_numbers_are_refused(demo, tokenizer, passages, tmp_path):
+    broken = DenseReformulator.from_encoder(str(demo / "encoder"))
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        encode_corpus(broken, tokenizer, passages, tmp_path)
+
+
 def test_sparse_search_finds_the_best_inner_products(sparse, tokenizer, passages, tmp_path):
     corpus = encode_corpus(sparse, tokenizer, passages, tmp_path / "vectors", block_size=16)
     queries = encode_texts(sparse, tokenizer, passages.texts(range(5)), form="sparse")
@@ -278,6 +315,16 @@ def test_a_query_without_common_terms_finds_nothing(tmp_path, tokenizer, passage
     run = search_run(index, queries, ["hit", "miss"], passages, 2)
     assert run["hit"] == [(passages.ids[0], 3.0), (passages.ids[1], 3.0)]
     assert run["miss"] == []
+
+
+def test_published_vectors_are_read_once(tmp_path, tokenizer, passages):
+    vectors = tmp_path / "published"
+    vectors.mkdir()
+    lines = [json.dumps({"id": passage, "vector": {}}) for passage in passages.ids]
+    (vectors / "part.jsonl").write_text("\n".join(lines))
+    import_sparse_vectors(vectors, tokenizer, passages, tmp_path / "vectors")
+    (vectors / "part.jsonl").unlink()
+    assert len(import_sparse_vectors(vectors, tokenizer, passages, tmp_path / "vectors")) == 40
 
 
 def test_published_vectors_must_cover_the_corpus(tmp_path, tokenizer, passages):

@@ -53,6 +53,8 @@ class PrfArguments:
             raise ValueError(f"--representation {self.representation} is unknown; give dense or sparse")
         if self.passage_vectors and self.representation == "dense":
             raise ValueError("--passage_vectors are sparse; give --representation sparse, or leave them out")
+        if self.encoding_dtype not in ("float32", "float16"):
+            raise ValueError(f"--encoding_dtype {self.encoding_dtype} is unknown; give float32 or float16")
         if self.encoding_dtype != "float32" and self.representation == "sparse":
             raise ValueError(
                 f"--encoding_dtype {self.encoding_dtype} is for dense vectors; leave it out, and bound the size of "

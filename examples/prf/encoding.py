@@ -9,6 +9,7 @@ same folder is refused.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -126,9 +127,31 @@ def import_sparse_vectors(
     Weights are multiplied by `scale`: those stored as whole numbers become what the encoder wrote.
 
     Raises ValueError where a passage has no vector or a token is not of this vocabulary."""
-    vocabulary = tokenizer.get_vocab()
-    weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for path in sorted(Path(source).glob("*.jsonl")):
+    card = EncodingCard(
+        encoder=f"vectors of {Path(source).name} times {scale}", corpus=passages.fingerprint, passages=len(passages),
+        dimension=len(tokenizer), max_length=0, form="sparse", dtype="float32",
+    )  # fmt: skip
+
+    @functools.cache
+    def weights() -> dict[str, tuple[np.ndarray, np.ndarray]]:  # read only where a block is missing
+        return published_weights(Path(source), tokenizer.get_vocab(), passages, scale)
+
+    def take_block(rows: range) -> sp.csr_matrix:
+        found = [weights()[passages.ids[row]] for row in rows]
+        ends = np.cumsum([0] + [len(columns) for columns, _ in found])
+        columns = np.concatenate([columns for columns, _ in found])
+        values = np.concatenate([values for _, values in found])
+        return sp.csr_matrix((values, columns, ends), shape=(len(found), card.dimension))
+
+    return write_blocks(Path(folder), card, take_block)
+
+
+def published_weights(
+    source: Path, vocabulary: dict[str, int], passages: Passages, scale: float
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By passage: the columns of its vector and their weights."""
+    weights = {}
+    for path in sorted(source.glob("*.jsonl")):
         for number, line in enumerate(path.open(encoding="utf-8"), start=1):
             record = json.loads(line)
             unknown = [token for token in record["vector"] if token not in vocabulary]
@@ -140,19 +163,7 @@ def import_sparse_vectors(
     missing = [passage for passage in passages.ids if passage not in weights]
     if missing:
         raise ValueError(f"{source}: {len(missing)} of {len(passages)} passages have no vector, e.g. {missing[0]}")
-    card = EncodingCard(
-        encoder=f"vectors of {Path(source).name} times {scale}", corpus=passages.fingerprint, passages=len(passages),
-        dimension=len(tokenizer), max_length=0, form="sparse", dtype="float32",
-    )  # fmt: skip
-
-    def take_block(rows: range) -> sp.csr_matrix:
-        found = [weights[passages.ids[row]] for row in rows]
-        ends = np.cumsum([0] + [len(columns) for columns, _ in found])
-        columns = np.concatenate([columns for columns, _ in found])
-        values = np.concatenate([values for _, values in found])
-        return sp.csr_matrix((values, columns, ends), shape=(len(found), card.dimension))
-
-    return write_blocks(Path(folder), card, take_block)
+    return weights
 
 
 def write_blocks(folder: Path, card: EncodingCard, make_block: Callable[[range], Vectors]) -> EncodedCorpus:
@@ -205,6 +216,8 @@ def encode_texts(
         batch = tokenizer.pad(chosen, return_tensors="pt").to(device)
         vectors = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).query_vectors
         vectors = vectors.float().cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise ValueError("the encoder writes vectors that hold NaN or infinity, which nothing can be searched by")
         parts.append(sp.csr_matrix(vectors) if form == "sparse" else vectors)
     model.train(was_training)
     return stack(parts, form)[np.argsort(order)]

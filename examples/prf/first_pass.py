@@ -47,8 +47,9 @@ class DenseIndex:
         if path.exists():
             check_card(card_path, card)
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            card_path.write_text(json.dumps(card, indent=1) + "\n")  # first: an index is never without its card
             build_index(corpus, path, factory)
-            card_path.write_text(json.dumps(card, indent=1) + "\n")
         self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         if self.index.ntotal != len(corpus) or self.index.d != corpus.card.dimension:
             raise ValueError(
@@ -148,8 +149,13 @@ def bm25_run(passages: Passages, queries: dict[str, str], folder: Path, number: 
 
 
 def build_index(corpus: EncodedCorpus, path: Path, factory: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    index = faiss.index_factory(corpus.card.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    try:
+        index = faiss.index_factory(corpus.card.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--index {factory} is no index of FAISS for {corpus.card.dimension} dimensions "
+            f"({str(error).rpartition(': ')[2]}); give Flat, HNSW32, IVF4096,Flat or the like"
+        ) from None
     if not index.is_trained:
         sample = np.random.default_rng(0).permutation(len(corpus))[:TRAINING_VECTORS]
         index.train(np.ascontiguousarray(corpus.rows(np.sort(sample)), dtype=np.float32))
@@ -169,13 +175,23 @@ def build_postings(corpus: EncodedCorpus, folder: Path) -> None:
 
 
 def set_depth(index: faiss.Index, depth: int) -> None:
-    if isinstance(index, faiss.IndexIVF):
-        index.nprobe = min(depth, index.nlist)
-    elif isinstance(index, faiss.IndexHNSW):
+    """The depth of the IVF or HNSW index, which may lie inside of another (`OPQ16,IVF64,PQ8`)."""
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        lists.nprobe = min(depth, lists.nlist)
+        return
+    while isinstance(index, faiss.IndexPreTransform | faiss.IndexRefine):
+        inside = index.index if isinstance(index, faiss.IndexPreTransform) else index.base_index
+        index = faiss.downcast_index(inside)
+    if isinstance(index, faiss.IndexHNSW):
         index.hnsw.efSearch = depth
 
 
 def check_card(path: Path, card: dict) -> None:
+    if not path.exists():
+        raise ValueError(
+            f"{path} is missing, which says what the index beside it is of; remove the index to build it anew"
+        )
     found = json.loads(path.read_text())
     differing = [
         f"{key}: there {found.get(key)}, here {value}" for key, value in card.items() if found.get(key) != value
