@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import compare
@@ -13,12 +14,16 @@ import pytest
 import run_prf
 import scipy.sparse as sp
 import torch
+from arguments import PrfArguments
 from collection import load_collection
 from demo_collection import write_demo
 from evaluation import CollectionResult, curve_rows, load_results, p_value, per_query, robustness_index
+from experiment import Experiment
 from feedback import FeedbackCollator, TrainingQuery, query_inputs, training_queries
+from first_pass import SparseIndex
 from reformulators import SparseReformulator
 from transformers import AutoModel, AutoTokenizer
+from trec_runs import write_run
 
 from cmp_trainer.cropping import CmpCrop
 
@@ -202,6 +207,58 @@ def test_a_saved_reformulator_keeps_its_settings_as_encoder_of_the_passages(monk
     assert (config.scale, config.log_saturation) == (4.47, False)
 
 
+def experiment_of(demo, folder, **changes: object) -> Experiment:
+    settings = {"model_name_or_path": str(demo / "encoder"), "first_pass_dir": str(folder), "pooling": "mean"}
+    return Experiment(PrfArguments(train_collection=f"{demo}/collection:train", **{**settings, **changes}))
+
+
+def test_passages_of_a_given_run_that_the_corpus_lacks_are_left_out_and_counted(demo, tmp_path, caplog):
+    experiment, path = experiment_of(demo, tmp_path / "first_pass"), tmp_path / "run.trec"
+    assert experiment.train is not None
+    run = {query: [("lost", 2.0), ("p0-0-0", 1.0)] for query in experiment.train.queries}
+    write_run(run, path, "test")
+    found = experiment.first_pass(experiment.train, 10, str(path))
+    assert set(map(tuple, found.values())) == {(("p0-0-0", 1.0),)}
+    assert "128 retrieved passages are not in the corpus and are left out (e.g. lost" in caplog.text
+    write_run(run | {"q0-0-1": [("lost", 2.0)]}, path, "test")
+    with pytest.raises(ValueError, match=r"no passage of this corpus for 1 queries, e.g. q0-0-1"):
+        experiment.first_pass(experiment.train, 10, str(path))
+
+
+def test_a_first_pass_of_other_queries_is_not_taken_for_theirs(demo, tmp_path):
+    experiment = experiment_of(demo, tmp_path / "first_pass")
+    assert experiment.train is not None
+    first = experiment.first_pass(experiment.train, 3)
+    assert experiment.first_pass(experiment.train, 3) == first
+    texts = list(experiment.train.queries.values())
+    turned = dict(zip(experiment.train.queries, texts[1:] + texts[:1], strict=True))
+    assert experiment.first_pass(replace(experiment.train, queries=turned), 3) != first
+
+
+def test_a_query_that_finds_nothing_has_an_empty_run(demo, tmp_path):
+    settings = {"representation": "sparse", "model_name_or_path": str(demo / "masked_lm"), "encoding_terms": 1}
+    experiment = experiment_of(demo, tmp_path / "first_pass", **settings)
+    assert experiment.train is not None and isinstance(experiment.index, SparseIndex)
+    experiment.index.postings = experiment.index.postings * 0  # no term of any query is in any passage
+    experiment.index.postings.eliminate_zeros()
+    assert set(map(len, experiment.first_pass(experiment.train, 3).values())) == {0}
+
+
+def test_an_encoder_that_is_not_there_is_refused_with_the_way_out(demo, tmp_path):
+    with pytest.raises(ValueError, match=r"'no/where' could not be loaded .* the folder of a saved model"):
+        experiment_of(demo, tmp_path / "first_pass", model_name_or_path="no/where")
+
+
+def test_a_fold_goes_on_from_its_last_whole_checkpoint(monkeypatch, demo, tmp_path, caplog):
+    changes = {"first_pass_dir": tmp_path / "first_pass", "save_strategy": "steps", "save_steps": 1, "num_folds": 2}
+    script(monkeypatch, "beir_folder.yaml", demo, tmp_path / "run", max_steps=2, **changes)
+    for file in ("evaluation.json", "fold-0/evaluation.json", "fold-0/checkpoint-2/trainer_state.json"):
+        (tmp_path / "run" / file).unlink()
+    script(monkeypatch, "beir_folder.yaml", demo, tmp_path / "run", max_steps=2, **changes)
+    assert "checkpoint-2 is not whole" in caplog.text
+    assert len(load_results(tmp_path / "run" / "evaluation.json")[0]["collection:train"].queries) == 128
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, demo, tmp_path, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises((ValueError, SystemExit)) as refusal:
@@ -236,6 +293,7 @@ def test_two_processes_encode_train_and_evaluate(monkeypatch, demo, tmp_path, co
         ({"representation": "both"}, "--representation both is unknown"),
         ({"num_folds": 3}, "--num_folds 3 splits --train_collection"),
         ({"passage_vectors": "here"}, "--passage_vectors are sparse"),
+        ({"encoding_dtype": "half"}, "--encoding_dtype half is unknown; give float32 or float16"),
         ({"encoding_terms": 5}, "are for --representation sparse"),
         ({"representation": "sparse", "encoding_terms": 0}, "--encoding_terms 0 is how many weights"),
         ({"representation": "sparse", "encoding_dtype": "float16"}, "--encoding_dtype float16 is for dense vectors"),

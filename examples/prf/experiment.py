@@ -6,6 +6,8 @@ The first pass (encoder, encoded corpus, index, runs of the queries as they are)
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,18 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from arguments import PrfArguments
-from collection import Collection, load_collection
+from collection import Collection, load_collection, report
 from encoding import EncodedCorpus, encode_corpus, encode_texts, import_sparse_vectors
 from evaluation import CollectionResult, per_query
 from feedback import FeedbackCollator, training_queries
 from first_pass import DenseIndex, Index, SparseIndex, bm25_run, search_run
 from pool_loss import PoolLoss, training_pool
 from reformulators import DenseReformulator, Reformulator, SparseReformulator
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer
 from trec_runs import Run, read_run, write_run
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
+from cmp_trainer.scripting import ModelArguments, load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +48,10 @@ class Experiment:
         if any(one.passages is not self.passages for one in loaded[1:]):
             raise ValueError("the collections have different corpora; train and test in one corpus at a time")
         encoder = data_args.passage_encoder or data_args.model_name_or_path
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(data_args.model_name_or_path)
-        self.passage_tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(encoder)
+        self.tokenizer, self.passage_tokenizer = (
+            load_pretrained(AutoTokenizer, name, ModelArguments(name))
+            for name in (data_args.model_name_or_path, encoder)
+        )
         self.encoder = self.load_encoder(encoder)
         self.corpus = self.encoded_corpus()
         with PartialState().main_process_first():
@@ -101,16 +106,31 @@ class Experiment:
 
     def first_pass(self, collection: Collection, depth: int, given: str | None = None) -> Run:
         """The run of the collection's queries as they are: given, found from before, or searched."""
-        form = f"length-{self.args.query_length}.depth-{depth}"  # encoder and corpus are the folder's
-        path = Path(given) if given else self.folder / "runs" / f"{file_name(collection.name)}.{form}.trec"
+        if given:
+            return self.given_run(collection, given)
+        # encoder and corpus are the folder's
+        form = f"length-{self.args.query_length}.depth-{depth}.queries-{digest(collection.queries)}"
+        path = self.folder / "runs" / f"{file_name(collection.name)}.{form}.trec"
         with PartialState().main_process_first():
-            if given is None and not path.exists():
+            if not path.exists():
                 write_run(self.search(self.encoder, collection, depth=depth), path, "first_pass")
         found = read_run(path)
-        lacking = [query for query in collection.queries if query not in found]
+        return {query: found.get(query, []) for query in collection.queries}  # sparse queries may find nothing
+
+    def given_run(self, collection: Collection, path: str) -> Run:
+        """A run made elsewhere. Passages that this corpus lacks (or has without text) are left out and counted.
+
+        Raises ValueError where a query is left with none."""
+        found, row_of = read_run(path), self.passages.row_of
+        unknown = [document for ranked in found.values() for document, _ in ranked if document not in row_of]
+        report(path, "retrieved passages are not in the corpus and are left out", unknown)
+        known = {query: [one for one in ranked if one[0] in row_of] for query, ranked in found.items()}
+        lacking = [query for query in collection.queries if not known.get(query)]
         if lacking:
-            raise ValueError(f"{path} lacks {len(lacking)} queries, e.g. {lacking[0]}; remove or complete it")
-        return {query: found[query] for query in collection.queries}
+            raise ValueError(
+                f"{path} has no passage of this corpus for {len(lacking)} queries, e.g. {lacking[0]}; complete it"
+            )
+        return {query: known[query] for query in collection.queries}
 
     def search(
         self,
@@ -194,6 +214,11 @@ def values_of(collection: Collection, found: Run) -> dict[str, list[float]]:
 
 def is_reformulator(name: str, kind: Any) -> bool:
     return isinstance(AutoConfig.from_pretrained(name), kind.config_class)
+
+
+def digest(queries: dict[str, str]) -> str:
+    """Of ids and texts: a run of other queries is not taken for one of these."""
+    return hashlib.sha256(json.dumps(queries).encode()).hexdigest()[:8]
 
 
 def file_name(collection: str) -> str:

@@ -70,7 +70,8 @@ class FeedbackCollator:
             )
 
     def __call__(self, examples: Sequence[TrainingQuery]) -> dict[str, torch.Tensor]:
-        # The random state is torch's: Trainer restores it when it resumes.
+        # From torch's random state. A batch is fetched ahead of its step, so a training that is resumed inside of an
+        # epoch draws other numbers than an unbroken one.
         drawn = [int(torch.randperm(self.most + 1)[: 1 + self.num_crops].max()) for _ in examples]
         feedback = [self.texts(example.feedback[:number]) for example, number in zip(examples, drawn, strict=True)]
         queries = [example.text for example in examples]

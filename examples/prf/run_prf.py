@@ -24,10 +24,10 @@ from demo_collection import write_demo
 from evaluation import CollectionResult, load_results, save_results
 from experiment import Experiment, evaluate, file_name, make_trainer
 from sklearn.model_selection import KFold
-from transformers.trainer_utils import get_last_checkpoint
 from trec_runs import Run
 
 from cmp_trainer import CmpTrainingArguments
+from cmp_trainer.checkpoints import is_whole
 from cmp_trainer.scripting import parse_arguments, plain_errors, run, set_up
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ def run_folds(experiment: Experiment, args: CmpTrainingArguments) -> dict[str, C
     for fold, (train, test) in enumerate(folds):
         folder = Path(str(args.output_dir)) / f"fold-{fold}"
         fold_args = replace(args, output_dir=str(folder), seed=args.seed + fold)
-        fold_args.resume_from_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        begun = folder.is_dir() and any(is_whole(checkpoint) for checkpoint in folder.glob("checkpoint-*"))
+        fold_args.resume_from_checkpoint = "true" if begun else None
         parts = [collection.subset(names[part]) for part in (train, test)]
         trained, tested = ((part, {query: first_pass[query] for query in part.queries}) for part in parts)
         found = run_split(experiment, fold_args, trained, [tested], fold)
