@@ -1,6 +1,6 @@
 """The example in the docs: CoLA as baseline and with two ablations, the second one's card, and both curves.
 
-    python benchmarks/model_card.py --data ../shared/data/glue/cola --model MODEL --epochs 1
+    python benchmarks/model_card.py --data COLA_FOLDER --model MODEL --epochs 1
 
 trains both from the same encoder with the same settings and seed, evaluates on the validation split, and writes
 docs/model_card_example.md with the pictures model_card_curve.png (the card's) and ablation_curve_cola.png (both).

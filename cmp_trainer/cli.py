@@ -11,12 +11,17 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name; those of this process when None."""
+    parsed = make_parser().parse_args(arguments)
+    parsed.command(parsed)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `command` of what it parses is the function that runs."""
     parser = argparse.ArgumentParser(prog="cmp-trainer", description="Comparative loss for the Hugging Face Trainer.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_run(commands)
     _add_curve(commands)
-    parsed = parser.parse_args(arguments)
-    parsed.command(parsed)
+    return parser
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:

@@ -3,12 +3,14 @@
 import ast
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from run_glue import GlueArguments
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 from transformers import (
@@ -18,10 +20,15 @@ from transformers import (
     GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
-from cmp_trainer import CmpTrainingArguments
+from cmp_trainer import CmpTrainingArguments, cli
 from cmp_trainer.model_card import CITATIONS
+from cmp_trainer.scripting import ModelArguments, parse_arguments
 from tests.helpers import SMALL, letter_tokenizer
 from tests.hub_server import HubServer, take_for_the_hub
 
@@ -38,10 +45,14 @@ def hub_of_small_models(tmp_path, monkeypatch):
     """A Hub on which the models that the pages name are tiny ones with random weights."""
     tokenizer = letter_tokenizer()
     t5 = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    narrow = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sound = {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (5, 4), "num_conv_pos_embedding_groups": 2}
     models = {
         "google-bert/bert-base-cased": BertModel(BertConfig(**SMALL)),
         "openai-community/gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)),
         "google-t5/t5-small": T5ForConditionalGeneration(t5),
+        "google/vit-base-patch16-224-in21k": ViTModel(ViTConfig(**narrow)),
+        "facebook/wav2vec2-base": Wav2Vec2Model(Wav2Vec2Config(**narrow, **sound, num_feat_extract_layers=2)),
     }
     with HubServer(tmp_path / "hub") as server:
         for name, model in models.items():
@@ -64,6 +75,41 @@ def test_code_of_a_page_runs(page, hub_of_small_models, tmp_path, monkeypatch):
 
 def test_pages_with_code_were_found():
     assert {"quickstart", "concepts", "howto_tasks", "howto_push"} <= {page.stem for page in PYTHON_PAGES}
+
+
+def command_lines(program):
+    """The words after a program's name, wherever a shell block begins a line with it."""
+    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")]
+
+
+def test_commands_of_cmp_trainer_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("your_script.py").touch()
+    commands = [cli.make_parser().parse_args(words) for words in command_lines("cmp-trainer")]
+    assert len(commands) >= 3
+    for run in (command for command in commands if "script" in command):
+        (args,) = parse_arguments(CmpTrainingArguments, argv=run.arguments)
+        assert args.cmp_num_ablations == 2
+
+
+def test_files_and_arguments_of_example_commands_exist():
+    commands = [words for words in command_lines("python") if words[0].startswith(("examples/", "benchmarks/"))]
+    assert len(commands) > 5
+    for words in commands:
+        assert all((ROOT / word).is_file() for word in words if word.startswith(("examples/", "benchmarks/")))
+        if words[0] == "examples/glue/run_glue.py":
+            parse_arguments(
+                ModelArguments, GlueArguments, CmpTrainingArguments, argv=[str(ROOT / words[1]), *words[2:]]
+            )
+
+
+def test_targets_of_make_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    named = {words[0] for words in command_lines("make")}
+    named |= {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)`", page.read_text())}
+    assert {"demo", "test", "bench"} <= named <= set(targets)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
