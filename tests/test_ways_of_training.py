@@ -107,6 +107,26 @@ def test_gradient_checkpointing_leaves_the_model_as_trainer_does(fails, tmp_path
     assert all("context_fn" not in function.keywords for function in functions)
 
 
+# Low memory
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_low_memory_gives_the_same_gradients_also_with_what_else_saves_memory(settings, tmp_path):
+    tolerance = 1e-2 if "bf16" in settings else 1e-6
+    low_memory = recorded(tmp_path, cmp_low_memory=True, **settings)
+    for ours, plain in zip(low_memory, recorded(tmp_path, **settings), strict=True):
+        ours, plain = (torch.cat([gradient.flatten() for gradient in g.values()]) for g in (ours, plain))
+        assert (ours - plain).norm() < tolerance * plain.norm()
+
+
 # Numbers of 16 bit
 
 

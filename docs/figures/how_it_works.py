@@ -40,15 +40,14 @@ def draw_neurons(axes: plt.Axes) -> None:
 
 def draw_losses(axes: plt.Axes) -> None:
     axes.bar(range(3), LOSSES, width=0.5, color=[INK, "#64748b", "#9aa5b1"])
-    axes.set_xticks(range(3), ["l(0)", "l(1)", "l(2)"])
-    axes.set(ylabel="task loss of one example", ylim=(0, 1.18), xlim=(-0.5, 2.6))
+    axes.set_xticks(range(4), ["l(0)", "l(1)", "l(2)", "l(3) = b = 0"])
+    axes.set(ylabel="task loss of one example", ylim=(0, 1.18), xlim=(-0.5, 3.6))
     arrow = FancyArrowPatch((0, LOSSES[0] + 0.03), (1, LOSSES[1] + 0.03), arrowstyle="-|>", color=WRONG,
                             connectionstyle="arc3,rad=-0.35", mutation_scale=14)  # fmt: skip
     axes.add_patch(arrow)
-    axes.text(0.38, 0.78, "max(0, l(0) - l(1)) > 0:\nthe full model is worse", color=WRONG, fontsize=9.5)
+    axes.text(-0.02, 0.76, "max(0, l(0) - l(1)) > 0:\nthe full model is worse", color=WRONG, fontsize=9.5)
     axes.set_title("the wish l(0) ≤ l(1) ≤ l(2), as a hinge\nover all pairs and the baseline b", fontsize=11)
-    axes.axhline(0, color=INK, linewidth=1)
-    axes.text(2.58, 0.02, "b", ha="right", va="bottom", color=INK)
+    axes.plot((2.75, 3.25), (0.004, 0.004), color=WRONG, linewidth=3, clip_on=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
