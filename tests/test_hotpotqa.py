@@ -247,6 +247,8 @@ def test_inputs_longer_than_the_model_takes_are_refused(tokenizer):
         ({"question": " "}, r"row 1 \(id q1\) has an empty question"),
         ({"context": {"title": ["One"], "sentences": [["A."], ["B."]]}}, r"id q1\) has 1 titles for 2 paragraphs"),
         ({"context": {"title": [], "sentences": []}}, "0 titles for 0 paragraphs"),
+        ({"id": "q0"}, "row 1 has the id 'q0' of row 0"),
+        ({"id": None}, "row 1 has no id"),
     ],
 )
 def test_rows_that_are_not_hotpotqas_are_refused_by_name(tokenizer, change, message):
@@ -259,6 +261,12 @@ def test_contexts_of_other_shape_are_refused(tokenizer):
     rows = Dataset.from_list([{"id": "q", "question": "Where?", "context": "Here."}])
     with pytest.raises(ValueError, match="context is str; expected title and sentences"):
         encode_questions(rows, tokenizer, LIMITS, "test")
+
+
+def test_supporting_facts_of_another_form_are_refused(tokenizer):
+    rows = Dataset.from_list([QUESTIONS[0] | {"supporting_facts": [["Lake", "0"]]}])
+    with pytest.raises(ValueError, match="row 0: supporting_facts is list; expected title and sent_id"):
+        encode_questions(rows, tokenizer, LIMITS, "train")
 
 
 # --- answers ---
@@ -309,11 +317,20 @@ def test_nan_logits_are_refused(tokenizer, encoded):
         ("deep Lake Zoë", "Lake Zoë", (0, 80)),
         ("no", "no man", (0, 0)),
         ("yes sir", "yes", (0, 0)),
+        ("No.", "no man", (0, 0)),  # special after the normalization, as in HotpotQA's evaluation
         ("Yes", "yes", (100, 100)),
     ],
 )
 def test_scores_are_squads_and_a_wrong_yes_or_no_shares_no_words(prediction, answer, scores):
     assert answer_scores(prediction, answer) == pytest.approx(scores, abs=1e-4)
+
+
+def test_questions_without_an_answer_are_counted_and_not_scored(tokenizer, caplog):
+    rows = Dataset.from_list([QUESTIONS[0], QUESTIONS[1] | {"answer": None}])
+    encoded = encode_questions(rows, tokenizer, LIMITS, "validation")
+    scores = score_answers({"q0": "Lake Zoë", "q1": "?"}, encoded)
+    assert scores == {"exact_match": 100.0, "f1": 100.0, "questions": 1}
+    assert "1 of 2 questions come without an answer" in caplog.text
 
 
 @pytest.mark.parametrize("module", [hotpot_data, hotpot_inputs, hotpot_answers])
@@ -353,6 +370,8 @@ def test_a_run_trains_evaluates_and_writes_hotpotqas_predictions(folder, name):
     assert {"eval_exact_match", "eval_f1", "eval_loss"} <= set(results)
     predictions = json.loads((folder / name / "eval_predictions.json").read_text())
     assert list(predictions["answer"]) == list(predictions["sp"]) == ["q0", "q1", "q2", "q3"]
+    card = (folder / name / "README.md").read_text()
+    assert "local files (train: data.jsonl, validation: data.jsonl)" in card and str(folder) not in card
 
 
 def test_unlabelled_questions_are_predicted_and_not_scored(folder):
@@ -400,10 +419,23 @@ def test_configs_are_valid_and_train_as_published(config):
         ModelArguments, HotpotArguments, CmpTrainingArguments, argv=[str(config), "--use_cpu"]
     )
     assert (data_args.max_length, data_args.eval_max_length, args.learning_rate) == (2048, 4096, 3e-5)
+    assert (data_args.max_question_length, data_args.max_paragraph_length) == (160, 256)
+    assert (data_args.max_answer_length, args.lr_scheduler_type) == (64, "linear")
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (3, 6)
+    assert args.get_warmup_steps(1000) == 100
     ablations = {"baseline": (0, 0), "drop": (1, 0), "crop": (1, 1)}
     shape = config.stem.removeprefix("longformer_")
     assert (args.cmp_num_ablations, args.cmp_num_crops) == ablations.get(shape, (2, 1))
+    weighting = {"weighting_average": "mean", "weighting_first": "full", "weighting_max": "max"}
+    if shape in weighting:
+        assert (args.cmp_objective, args.cmp_primary, args.cmp_weight) == ("regularized", weighting[shape], 0)
+    else:
+        assert (args.cmp_objective, args.cmp_baseline) == ("comparative", "zero")
+
+
+def test_there_is_a_config_for_each_published_shape():
+    shapes = ["baseline", "crop", "crop_drop", "drop", "weighting_average", "weighting_first", "weighting_max"]
+    assert [config.stem.removeprefix("longformer_") for config in CONFIGS] == shapes
 
 
 # --- real data ---

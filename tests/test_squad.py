@@ -173,10 +173,21 @@ def test_a_line_separator_inside_a_text_does_not_break_a_row(tmp_path):
         ("rows.jsonl", {**ROW, "question": None}, r"row 1 lacks \['question'\]"),
         ("rows.jsonl", {**ROW, "answers": {"text": ["man"], "answer_start": []}}, "lists of one length"),
         ("rows.jsonl", {**ROW, "answers": "man"}, "Expected"),
+        ("rows.jsonl", {**ROW, "answers": {"text": [None], "answer_start": [2]}}, "row 1: answers are .*None"),
+        (
+            "rows.jsonl",
+            {**ROW, "answers": [{"text": "man", "answer_start": "2"}]},
+            "row 1: .*whole",
+        ),
         ("rows.json", [ROW, ROW], r"1 ids stand for more than one question, e.g. \['1'\]"),
         ("rows.json", {"rows": [ROW]}, "none of the known forms"),
         ("rows.json", [], "holds no question"),
         ("nested.json", {"data": [{"title": "t", "paragraphs": [{"qas": []}]}]}, "article 't' has the keys"),
+        (
+            "nested.json",
+            {"data": [{"title": "t", "paragraphs": [{"qas": None, "context": "c"}]}]},
+            "list of questions",
+        ),
     ],
 )
 def test_a_broken_file_is_refused_by_name(tmp_path, name, content, message):
@@ -190,6 +201,12 @@ def test_rows_on_lines_need_the_right_file_name(tmp_path):
     (tmp_path / "rows.json").write_text(f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"must be named \.jsonl"):
         read_squad_file(tmp_path / "rows.json")
+
+
+def test_a_file_of_another_encoding_is_refused_by_name(tmp_path):
+    (tmp_path / "latin.json").write_bytes('{"data": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.json is not UTF-8"):
+        read_squad_file(tmp_path / "latin.json")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -610,6 +627,9 @@ def test_the_script_trains_evaluates_and_predicts(tmp_path, bert_tokenizer, v2, 
     assert (out / "eval_null_odds.json").exists() == v2
     assert ("eval_HasAns_f1" in metrics) == v2
     BertForQuestionAnswering.from_pretrained(out)
+    card = (out / "README.md").read_text()
+    assert "local files (train: rows.json, validation: rows.json, test: rows.json)" in card
+    assert str(tmp_path) not in card
 
 
 def test_unanswerable_questions_need_their_argument(tmp_path, bert_tokenizer):

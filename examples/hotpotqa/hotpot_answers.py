@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from hotpot_data import logger
 from hotpot_inputs import NO_SPAN, NOT_TEXT, YES_SPAN, EvaluationInputs
 from torch import Tensor
 from torchmetrics.functional.text import squad
@@ -75,10 +76,14 @@ def read_answers(
 
 
 def score_answers(predictions: Mapping[str, str], encoded: Dataset) -> dict[str, float]:
-    """exact_match and f1, in percent, over all questions; {} where no question has an answer."""
-    questions = list(zip(encoded["id"], encoded["answer"], strict=True))
-    if not any(answer for _, answer in questions):
+    """exact_match and f1, in percent, over the questions that come with an answer, and their number; {} where none
+    does."""
+    questions = [(one, answer) for one, answer in zip(encoded["id"], encoded["answer"], strict=True) if answer]
+    if not questions:
         return {}
+    unanswered = len(encoded) - len(questions)
+    if unanswered:
+        logger.warning("%d of %d questions come without an answer and are not scored", unanswered, len(encoded))
     exact, f1 = zip(*(answer_scores(predictions[one], answer) for one, answer in questions), strict=True)
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1)), "questions": len(questions)}
 
@@ -92,8 +97,11 @@ def answer_scores(prediction: str, answer: str) -> tuple[float, float]:
     target = {"id": "", "answers": {"text": [answer], "answer_start": []}}
     scores = squad({"id": "", "prediction_text": prediction}, target)
     exact, f1 = scores["exact_match"].item(), scores["f1"].item()
-    special = {"yes", "no", "noanswer"} & {prediction.strip().lower(), answer.strip().lower()}
-    return exact, 0.0 if special and not exact else f1
+    if exact or not f1:
+        return exact, f1
+    words = [{"id": "", "answers": {"text": ["yes", "no", "noanswer"], "answer_start": []}}]
+    special = any(squad({"id": "", "prediction_text": one}, words)["exact_match"] for one in (prediction, answer))
+    return exact, 0.0 if special else f1
 
 
 def joint_predictions(answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:

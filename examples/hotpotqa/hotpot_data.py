@@ -56,10 +56,22 @@ def check_questions(dataset: Dataset, split: str) -> None:
     """Refuses rows that are not HotpotQA's, naming the first one.
 
     Raises:
-        ValueError: a question without text, or titles and paragraphs that do not match.
+        ValueError: an id that is missing or stands for two questions, a question without text, titles and paragraphs
+            that do not match, or supporting facts of another form.
     """
-    for row, example in enumerate(dataset.select_columns([c for c in dataset.column_names if c in COLUMNS])):
+    first_row: dict[Any, int] = {}
+    wanted = [*COLUMNS, "supporting_facts"]
+    for row, example in enumerate(dataset.select_columns([c for c in dataset.column_names if c in wanted])):
         assert isinstance(example, dict)
+        if example["id"] is None or first_row.setdefault(example["id"], row) != row:
+            found = "no id" if example["id"] is None else f"the id {example['id']!r} of row {first_row[example['id']]}"
+            raise ValueError(f"{split}, row {row} has {found}; answers are kept by id, so give each its own")
+        facts = example.get("supporting_facts")
+        if facts is not None and (not isinstance(facts, Mapping) or not {"title", "sent_id"} <= set(facts)):
+            raise ValueError(
+                f"{split}, row {row}: supporting_facts is {type(facts).__name__}; expected title and sent_id, as in "
+                "hotpotqa/hotpot_qa on the Hub"
+            )
         context = example["context"]
         if not isinstance(context, Mapping) or not {"title", "sentences"} <= set(context):
             raise ValueError(

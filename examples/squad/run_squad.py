@@ -101,11 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer,
         evaluation={"eval": evaluation["eval"]} if args.do_eval else None,
         prediction={"test": evaluation["test"]} if args.do_predict else None,
-        card={
-            "finetuned_from": model_args.model_name_or_path,
-            "tasks": "question-answering",
-            **described_data(data_args),
-        },
+        card={"tasks": "question-answering", **described_data(data_args)},
     )
 
 
@@ -136,10 +132,12 @@ def questions_of(
 
 
 def described_data(data_args: SquadArguments) -> dict[str, str | None]:
-    """What the model card says of the data: the Hub's name, or the file's, without folders of this machine."""
-    file = data_args.train_file or data_args.validation_file or data_args.test_file
-    name = data_args.dataset_name if file is None else Path(file).name
-    return {"dataset": name, "dataset_tags": data_args.dataset_name if file is None else None}
+    """What the model card says of the data: the Hub's name, or the files', without folders of this machine."""
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    named = [f"{split}: {Path(file).name}" for split, file in files.items() if file is not None]
+    if named:
+        return {"dataset": f"local files ({', '.join(named)})"}
+    return {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
 
 
 def make_windows(

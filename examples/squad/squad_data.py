@@ -70,7 +70,10 @@ def check_ids(dataset: Dataset, name: str) -> None:
 
 def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """The flat rows of a file, whatever its form."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     if path.suffix == ".jsonl":
         # not splitlines(): it would also break rows at U+2028 and its like, which JSON leaves unescaped
         data = [_parse(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -92,10 +95,10 @@ def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 def _nested_rows(article: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]:
     for paragraph in article["paragraphs"]:
-        if "qas" not in paragraph or "context" not in paragraph:
+        if not isinstance(paragraph.get("qas"), list) or "context" not in paragraph:
             raise ValueError(
                 f"{path}: a paragraph of article {article.get('title', '(untitled)')!r} has the keys "
-                f'{sorted(paragraph)}; expected are "context" and "qas".'
+                f'{sorted(paragraph)}; expected are "context" and "qas", a list of questions.'
             )
         for question in paragraph["qas"]:
             yield {**question, "context": paragraph["context"]}
@@ -119,15 +122,20 @@ def _to_row(row: dict[str, Any], where: str, need_answers: bool) -> dict[str, An
 
 def _to_answers(answers: Any, where: str) -> dict[str, list]:
     """Both known forms, {"text": [...], "answer_start": [...]} and [{"text", "answer_start"}, ...], as the first."""
-    if isinstance(answers, list) and all(
-        isinstance(a, dict) and {"text", "answer_start"} <= a.keys() for a in answers
-    ):
-        return {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
-    if isinstance(answers, dict) and {"text", "answer_start"} <= answers.keys():
-        texts, starts = answers["text"], answers["answer_start"]
-        if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
+    found = answers
+    if isinstance(found, list) and all(isinstance(a, dict) and {"text", "answer_start"} <= a.keys() for a in found):
+        found = {key: [answer[key] for answer in found] for key in ("text", "answer_start")}
+    if isinstance(found, dict) and {"text", "answer_start"} <= found.keys():
+        texts, starts = found["text"], found["answer_start"]
+        if (
+            isinstance(texts, list)
+            and isinstance(starts, list)
+            and len(texts) == len(starts)
+            and all(isinstance(text, str) for text in texts)
+            and all(isinstance(start, int) for start in starts)
+        ):
             return {"text": texts, "answer_start": starts}
     raise ValueError(
-        f"{where}: answers are {answers!r}. Expected {{'text': [...], 'answer_start': [...]}} with lists of one "
-        "length, or [{'text': ..., 'answer_start': ...}, ...]."
+        f"{where}: answers are {answers!r}. Expected {{'text': [...], 'answer_start': [...]}} with texts and whole "
+        "numbers in lists of one length, or [{'text': ..., 'answer_start': ...}, ...]."
     )
