@@ -19,7 +19,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cmp_trainer.analysis import ablation_curve, as_text, plot_curves
+from cmp_trainer.analysis import ablation_curve, as_text, measures, plot_curves
 from cmp_trainer.cropping import SEGMENTS
 from cmp_trainer.curve_data import TaskData, prepare, task_of
 from cmp_trainer.scripting import load_file, plain_errors, take_split
@@ -85,7 +85,8 @@ def _write(curve: pd.DataFrame, options: argparse.Namespace) -> None:
     files = [output.with_name(output.name + suffix) for suffix in (".csv", ".json", ".png")]
     curve.to_csv(files[0], index=False)
     curve.to_json(files[1], orient="records", indent=1, double_precision=15)
-    plot_curves(curve, options.metric).savefig(files[2])
+    unit = None if "pearson" in measures(curve) else "nats"  # losses of a regression are squares
+    plot_curves(curve, options.metric, unit).savefig(files[2])
     print(f"written: {', '.join(str(file) for file in files)}")
 
 

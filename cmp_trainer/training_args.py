@@ -69,7 +69,7 @@ class CmpTrainingArguments(TrainingArguments):
         > Evaluation
 
         cmp_eval_ablations (`bool`, defaults to `False`):
-            Evaluation also reports the loss of every variant and the violation rate, at 1 + c times the cost.
+            Evaluation also reports the loss of every variant and the violation rate, for 1 + c more forwards a batch.
 
     Raises:
         ValueError: a value or combination that cannot be meant; names the argument, its value and the fix.

@@ -25,37 +25,42 @@ class TrainingPlot(TrainerCallback):
         file: the picture; by default training_plot.png in the output folder.
         min_seconds: a log redraws the picture when the last drawing is at least so many seconds old; the end of
             training always does.
+        loss_unit: what losses are counted in, nats where they are cross entropies; those of a regression have none.
 
     Raises:
         ImportError: matplotlib is missing.
     """
 
-    def __init__(self, file: str | Path | None = None, min_seconds: float = 30.0) -> None:
+    def __init__(
+        self, file: str | Path | None = None, min_seconds: float = 30.0, loss_unit: str | None = "nats"
+    ) -> None:
         if find_spec("matplotlib") is None:
             raise ImportError("TrainingPlot needs matplotlib: pip install cmp-trainer[plot]")
         self.file = file
         self.min_seconds = min_seconds
+        self.loss_unit = loss_unit
         self._drawn_at = -min_seconds
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Redraw, unless that was done a moment ago."""
         if time.monotonic() - self._drawn_at >= self.min_seconds:
-            self._draw(args, state)
+            self._draw(args, state, kwargs.get("model"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the whole run."""
-        self._draw(args, state)
+        self._draw(args, state, kwargs.get("model"))
 
-    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _draw(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         if not state.is_world_process_zero:
             return
         self._drawn_at = time.monotonic()
         file = Path(self.file or Path(str(args.output_dir), "training_plot.png"))
         file.parent.mkdir(parents=True, exist_ok=True)
         partly = file.with_name(f"_{file.name}")  # a viewer never sees half a picture, a push never takes one along
-        plot_training(state.log_history).savefig(partly, format="png")
+        is_regression = getattr(getattr(model, "config", None), "problem_type", None) == "regression"
+        plot_training(state.log_history, None if is_regression else self.loss_unit).savefig(partly, format="png")
         partly.replace(file)
 
 
@@ -77,7 +82,7 @@ def show_variants_in_progress_bar(trainer: Trainer) -> None:
         trainer.add_callback(VariantsInProgressBar())
 
 
-def plot_training(log_history: list[dict[str, Any]]) -> Any:
+def plot_training(log_history: list[dict[str, Any]], loss_unit: str | None = "nats") -> Any:
     """A matplotlib Figure of a Trainer's log history: losses of the variants, and the share of pairs in violation."""
     from matplotlib.figure import Figure
 
@@ -95,7 +100,8 @@ def plot_training(log_history: list[dict[str, Any]]) -> Any:
             )
     if "violation_rate" in _names(log_history):
         violations.plot(*_series(log_history, "violation_rate"), color="0", label="training")
-    for axes, label in ((losses, "task loss (nats)"), (violations, "pairs in violation (share)")):
+    loss_label = f"task loss ({loss_unit})" if loss_unit else "task loss"
+    for axes, label in ((losses, loss_label), (violations, "pairs in violation (share)")):
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(color="0.9")

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction
 
 from cmp_trainer import cli
@@ -91,6 +92,15 @@ def test_answers_to_questions_are_scored_as_text(tmp_path, capsys):
     ]
     out = curve(capsys, model, "--data", write(tmp_path / "qa.jsonl", rows), "--seeds", "1")
     assert "exact_match" in out
+
+
+def test_losses_of_a_regression_are_not_counted_in_nats(models, data, tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: labels.append(figure.axes[0].get_ylabel()))
+    regression = save(tmp_path / "regression", tiny_bert(num_labels=1))
+    for model in (regression, models[0]):
+        cli.main(["curve", model, "--data", data, "--seeds", "1", "--output", str(tmp_path / "x")])
+    assert labels == ["task loss", "task loss (nats)"]
 
 
 def test_right_positions_score_100_percent(tmp_path):

@@ -1,11 +1,12 @@
 """Watching a run: trackers, the progress bar and the picture show the losses of the variants."""
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cmp_trainer.training_plot import TrainingPlot, VariantsInProgressBar, plot_training
-from tests.helpers import cmp_trainer
+from tests.helpers import cmp_trainer, tiny_bert, token_data
 
 VARIANTS = ["loss_full", "loss_ablated_1", "loss_ablated_2"]
 
@@ -55,6 +56,17 @@ def test_the_picture_is_there_while_the_run_goes_on_and_holds_all_of_it_at_the_e
     ]
     assert list(losses.lines[0].get_xdata()) == [2, 4, 6]
     assert (losses.get_ylabel(), violations.get_ylabel()) == ("task loss (nats)", "pairs in violation (share)")
+
+
+def test_losses_of_a_regression_are_not_counted_in_nats(tmp_path, monkeypatch):
+    units = []
+    monkeypatch.setattr("cmp_trainer.training_plot.plot_training", lambda log, unit: units.append(unit) or Figure())
+    data = token_data()
+    scores = data.remove_columns("labels").add_column("labels", [float(label) for label in data["labels"]])
+    for model, rows in ((tiny_bert(num_labels=1), scores), (tiny_bert(), data)):
+        cmp_trainer(tmp_path, model, rows, max_steps=1, cmp_num_ablations=1, callbacks=[TrainingPlot()]).train()
+    assert list(dict.fromkeys(units)) == [None, "nats"]
+    assert plot_training([], loss_unit=None).axes[0].get_ylabel() == "task loss"
 
 
 def test_a_picture_is_not_redrawn_before_its_time(tmp_path):
