@@ -7,6 +7,8 @@ they are logged.
 """
 
 import logging
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,8 +64,7 @@ def _advice(what: str, trainer: Any) -> Iterator[None]:
 
 
 def _what_to_do(error: BaseException, trainer: Any) -> str:
-    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error)]
-    status = next((status for status in statuses if status is not None), None)
+    status = next(filter(None, map(_status, _chain(error))), None)
     if status in (401, 403):
         reason = (
             "The Hub does not accept the token: it has expired or may not write. Make one with write permission at "
@@ -81,8 +82,14 @@ def _what_to_do(error: BaseException, trainer: Any) -> str:
     repository = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id or "USER/NAME"
     return (
         f"{reason} Nothing is lost here: {folder} holds what was saved. Push it again with trainer.push_to_hub(), or "
-        f"with `hf upload {repository} {folder} . --exclude 'checkpoint-*' '_*'`."
+        f"with `hf upload {repository} {shlex.quote(str(folder))} . --exclude '_*' --exclude 'checkpoint-*'`."
     )
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error tells: the client's in its response, xet's in its text."""
+    in_text = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
+    return getattr(getattr(error, "response", None), "status_code", None) or (int(in_text[1]) if in_text else None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -5,8 +5,11 @@ The client's xet uploads are turned off (HF_HUB_DISABLE_XET, its own variable): 
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -200,6 +203,32 @@ def test_a_fault_loses_nothing_and_says_what_to_do(how, where, said, hub, tmp_pa
     hub.faults.clear()
     trainer.push_to_hub()
     assert "model.safetensors" in hub.files(NAME)
+
+
+def test_the_command_that_is_advised_pushes_the_model_and_nothing_else(hub, tmp_path, caplog):
+    trainer = pushing(hub, tmp_path / "my run", save_strategy="steps", save_steps=1)
+    trainer.train()
+    hub.fail("POST", "/commit/", 500)
+    with pytest.raises(HfHubHTTPError):
+        trainer.push_to_hub()
+    hub.faults.clear()
+    program, *words = shlex.split(re.search(r"with `(hf upload .*)`", caplog.text)[1])
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [str(Path(sys.executable).with_name(program)), *words]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {"model.safetensors", "README.md", "config.json"} <= set(hub.files(NAME))
+    assert not any(name.startswith(("checkpoint-", "_")) for name in hub.files(NAME))
+
+
+def test_a_token_that_xet_refuses_is_named_too(hub, tmp_path, caplog, monkeypatch):
+    trainer = pushing(hub, tmp_path / "run")
+    trainer.train()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.fail("GET", "xet-write-token", 403)
+    with pytest.raises(Exception):  # noqa: B017
+        trainer.push_to_hub()
+    assert "The Hub does not accept the token" in caplog.text
 
 
 def test_an_expired_token_is_named_and_the_next_push_goes_through(hub, tmp_path, caplog):
