@@ -27,6 +27,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -161,8 +162,10 @@ def set_up(args: TrainingArguments) -> None:
     """Set verbosity and seed before anything is loaded, and check what the run is asked to do.
 
     Raises:
-        ValueError: Nothing to do, no whole checkpoint to resume from, or checkpoints of another run in output_dir.
+        ValueError: Nothing to do, no whole checkpoint to resume from, checkpoints of another run in output_dir, or
+            processes that do not know of each other and would all write there.
     """
+    check_launch(args.world_size)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     level = args.get_process_log_level()
     by_default = args.log_level == "passive" and args.should_log
@@ -183,6 +186,21 @@ def set_up(args: TrainingArguments) -> None:
         way_on = "--resume_from_checkpoint true to go on from there, or " if whole else "(none of them whole) "
         names = ", ".join(sorted(checkpoint.name for checkpoint in held))
         raise ValueError(f"{folder} already holds {names}; pass {way_on}another --output_dir")
+
+
+def check_launch(known: int) -> None:
+    """Raises ValueError where more processes were launched than the `known` ones, which share the work and its files.
+
+    accelerate takes a CPU for one of several only where it is told to use it: by `--use_cpu`, or by
+    `PartialState(cpu=True)` in a script of your own.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != known:
+        raise ValueError(
+            f"{launched} processes were launched, but this one knows of {known} and would do all the work of the "
+            "others again; on a machine without GPUs give --use_cpu true (in a script of your own, begin with "
+            "PartialState(cpu=True))"
+        )
 
 
 def load_splits(data_args: DataArguments) -> dict[str, Dataset]:

@@ -274,6 +274,14 @@ def test_nothing_to_do_is_refused(tmp_path):
         set_up(training_arguments(tmp_path))
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    args = training_arguments(tmp_path, do_eval=True)
+    set_up(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were launched, but this one knows of 1 .* give --use_cpu true"):
+        set_up(args)
+
+
 def test_checkpoints_of_another_run_are_not_written_over(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")

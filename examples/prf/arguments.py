@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 
 from cmp_trainer import CmpTrainingArguments
+from cmp_trainer.scripting import check_launch
 
 TRAINING_SETTINGS = (
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -77,20 +77,6 @@ class PrfArguments:
                 f"--test_runs has {len(self.test_runs)} files for {len(self.test_collections)} "
                 "--test_collections; give one for each, in their order"
             )
-
-
-def check_launch(known: int) -> None:
-    """Raises ValueError where more processes were launched than the `known` ones, which share the work and its files.
-
-    accelerate takes a CPU for one of several only where it is told to use it: by `--use_cpu`, or by
-    `PartialState(cpu=True)` in a script of your own."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != known:
-        raise ValueError(
-            f"{launched} processes were launched, but this one knows of {known} and would do all the work of the "
-            "others again; on a machine without GPUs give --use_cpu true (in a script of your own, begin with "
-            "PartialState(cpu=True))"
-        )
 
 
 def check_training(data_args: PrfArguments, args: CmpTrainingArguments) -> None:

@@ -21,12 +21,13 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from accelerate import PartialState
-from arguments import check_launch
 from collection import Passages
 from feedback import query_inputs
 from reformulators import Reformulator
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+
+from cmp_trainer.scripting import check_launch
 
 BLOCK_SIZE = 1_024
 Vectors = Any  # (rows, dimension): np.ndarray, or sp.csr_matrix of sparse encodings
