@@ -41,7 +41,7 @@ def is_whole(checkpoint: Path) -> bool:
     return _is_json(checkpoint / TRAINER_STATE_NAME) and set(files) <= set(_files(checkpoint))
 
 
-def checkpoint_to_resume(resume_from: str | bool | None, output_dir: str | None) -> str | None:
+def checkpoint_to_resume(resume_from: str | os.PathLike | bool | None, output_dir: str | None) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means, refused or passed over where it is half-written.
 
     Args:
@@ -53,13 +53,13 @@ def checkpoint_to_resume(resume_from: str | bool | None, output_dir: str | None)
     """
     if not resume_from:
         return None
-    if isinstance(resume_from, str):
+    if isinstance(resume_from, (str, os.PathLike)):
         if not is_whole(Path(resume_from)):
             raise ValueError(
                 f"{resume_from} is not a whole checkpoint: its save was interrupted, files of it were deleted, or "
                 "it is no checkpoint of a Trainer. Resume from an earlier one, or pass True for the newest whole one."
             )
-        return resume_from
+        return os.fspath(resume_from)
     found = _checkpoints(Path(output_dir or "."))
     whole = next((checkpoint for checkpoint in found if is_whole(checkpoint)), None)
     if whole is None:

@@ -48,6 +48,11 @@ def test_resuming_after_an_interrupted_save_ends_at_the_weights_of_the_whole_run
     assert is_whole(tmp_path / "resumed" / "checkpoint-4")  # written again, to its end
 
 
+def test_a_checkpoint_is_named_by_a_path_object_too(tmp_path):
+    cmp_trainer(tmp_path, **SAVING).train()
+    assert checkpoint_to_resume(tmp_path / "checkpoint-2", str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+
 def test_a_half_written_checkpoint_is_refused_by_path(tmp_path):
     interrupted_run(tmp_path)
     with pytest.raises(ValueError, match="checkpoint-4 is not a whole checkpoint: its save was interrupted"):
