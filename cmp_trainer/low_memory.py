@@ -9,13 +9,14 @@ variant at a time once the factors are known:
     (3) for each variant: forward again from the same random state, backward of the losses times their factors.
 
 The second forward repeats the first, dropout masks included, so this is exact for every objective. It costs c more
-forwards. A variant whose factors are all zero is not run again. In a variant without dropout, the examples whose
-factor is zero are left out; under dropout they stay, since the masks are those of the whole batch.
+forwards. A variant whose factors are all zero is not run again, unless other processes wait for it.
+
+The backwards of (3) are over before the caller has the loss, so what the caller makes of it, such as another scale,
+would reach the full variant alone. Its backward checks that it does not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from cmp_trainer.task_losses import TaskLosses
 from cmp_trainer.variants import Variant
 
-Run = Callable[[Variant, Tensor | None], TaskLosses]
+Run = Callable[[Variant], TaskLosses]
 
 
 def loss_one_variant_at_a_time(
@@ -32,56 +33,62 @@ def loss_one_variant_at_a_time(
     reduce: Callable[[TaskLosses], Tensor],
     backward: Callable[[Tensor], None],
     unsynchronized: AbstractContextManager,
-    may_skip_full: bool,
+    may_skip: bool,
 ) -> tuple[Tensor, TaskLosses]:
     """Back-propagate all variants but the full one, and return the loss that back-propagates the full one.
 
     Args:
-        run: task losses of one variant, from the step's random state, of all examples or of those of a mask.
+        run: task losses of one variant, from the step's random state.
         variants: the full model first.
         reduce: task losses `(batch, parts, 1 + c)` to the scalar that is minimized.
         backward: of a scalar, as the Trainer would do it.
         unsynchronized: context in which gradients stay in this process; only the full variant's are exchanged.
-        may_skip_full: whether the full variant may be left out when nothing depends on it (one process only).
+        may_skip: whether a variant may be left out when nothing depends on it. Processes that exchange weights or
+            gradients in every forward and backward must do equally many.
 
     Returns:
         The loss, whose value is that of the objective and whose gradient is the full variant's share, and the task
         losses of all variants.
+
+    Raises:
+        ValueError: in the backward of the loss, if it is not scaled as `backward` scaled the other variants.
     """
+    scales: list[Tensor] = []
+
+    def backward_of(share: Tensor) -> None:
+        share.register_hook(scales.append)
+        backward(share)
+
     with unsynchronized:
         with torch.no_grad():
-            values = [run(variant, None) for variant in variants[:-1]]
-        last = run(variants[-1], None)
+            values = [run(variant) for variant in variants[:-1]]
+        last = run(variants[-1])
         leaf = torch.stack([*(losses.values for losses in values), last.values.detach()], dim=-1).requires_grad_()
         losses = TaskLosses(leaf, values[0].weights)
         loss = reduce(losses)
         (factors,) = torch.autograd.grad(loss, leaf)
-        if factors[..., -1].any():
-            backward((last.values * factors[..., -1]).sum())
+        needed = [not may_skip or bool(factors[..., index].any()) for index in range(len(variants))]
+        if needed[-1]:
+            backward_of((last.values * factors[..., -1]).sum())
         del last  # its graph, before the next one is built
         for index in range(len(variants) - 2, 0, -1):
-            if factors[..., index].any():
-                backward(_share(run, variants[index], factors[..., index]))
+            if needed[index]:
+                backward_of((run(variants[index]).values * factors[..., index]).sum())
     loss, losses = loss.detach(), TaskLosses(leaf.detach(), losses.weights)
-    if may_skip_full and not factors[..., 0].any():
-        return loss.requires_grad_(), losses
-    share = _share(run, variants[0], factors[..., 0])
-    return share + (loss - share.detach()), losses
+    if needed[0]:
+        share = (run(variants[0]).values * factors[..., 0]).sum()
+        loss = share + (loss - share.detach())
+    else:
+        loss.requires_grad_()
+    loss.register_hook(lambda scale: _check_scale(scale, scales))
+    return loss, losses
 
 
-def select_rows(inputs: Mapping[str, Any], rows: Tensor | None) -> Mapping[str, Any]:
-    """The examples of a batch where the `(batch,)` mask is true; all of them without a mask."""
-    if rows is None:
-        return inputs
-    return {
-        name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == len(rows) else value
-        for name, value in inputs.items()
-    }
-
-
-def _share(run: Run, variant: Variant, factors: Tensor) -> Tensor:
-    """What the variant contributes: its task losses times their (batch, parts) factors."""
-    rows = factors.ne(0).any(-1)
-    if variant.drops or rows.all() or not rows.any():
-        return (run(variant, None).values * factors).sum()
-    return (run(variant, rows).values * factors[rows]).sum()
+def _check_scale(scale: Tensor, others: list[Tensor]) -> None:
+    if others and not torch.isclose(scale.float(), others[0].float(), rtol=1e-2, atol=0):  # 16 bit scales are round
+        raise ValueError(
+            f"the backward of the loss began with {scale.item():.6g}, but --cmp_low_memory has back-propagated the "
+            f"ablated variants with {others[0].item():.6g} already: the loss was scaled after compute_loss, or a "
+            "subclass did not hand num_items_in_batch on to it. Scale the losses in a per_example_loss_func, hand "
+            "num_items_in_batch on, or leave out --cmp_low_memory."
+        )

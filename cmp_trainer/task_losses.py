@@ -118,8 +118,8 @@ def batch_mean(values: Tensor, weights: Tensor, num_items: Tensor | int | None =
         A scalar; 0, with a gradient of 0, when nothing is labelled.
     """
     total = (values * weights).sum(0)
-    count = weights.sum(0).clamp(min=1) if num_items is None else num_items
-    return (total / count).mean()
+    count = weights.sum(0) if num_items is None else torch.as_tensor(num_items, device=values.device)
+    return (total / count.masked_fill(count == 0, 1)).mean()
 
 
 def shifts_labels(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cmp_trainer.dropout import CmpDrop, DropoutSites, dropout_awake
 from cmp_trainer.forwards import devices_of, run_variants, stacking_pays
 from cmp_trainer.gradient_checkpointing import RecomputeUnderCmpDrop
 from cmp_trainer.loss_log import LossLog
-from cmp_trainer.low_memory import loss_one_variant_at_a_time, select_rows
+from cmp_trainer.low_memory import loss_one_variant_at_a_time
 from cmp_trainer.model_card import write_model_card
 from cmp_trainer.pushing import ReportsPushes
 from cmp_trainer.random_state import RandomState, same_start, untouched_randomness
@@ -87,7 +88,7 @@ class CmpTrainerMixin(ReportsPushes):
         """The full model and its ablations, as the arguments say now (a hyperparameter search changes them)."""
         return plan_variants(self.num_ablations, getattr(self.args, "cmp_num_crops", 0))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | PathLike | bool | None = None, *args: Any, **kwargs: Any):
         """Trainer's; a half-written checkpoint is passed over (True) or refused (a path)."""
         if not self.num_ablations and self.hp_search_backend is None:
             logger.warning("comparative loss is off (--cmp_num_ablations 0): training as the plain Trainer does.")
@@ -97,6 +98,10 @@ class CmpTrainerMixin(ReportsPushes):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._recompute.undo()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_losses = LossLog()  # an earlier training, or a try with a larger batch, may have left losses
+        return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; an error if a subclass's compute_loss went past the comparison."""
@@ -152,21 +157,27 @@ class CmpTrainerMixin(ReportsPushes):
         """The loss whose backward is the full variant's; the backwards of the others are done on the way."""
         batches = self._crop(inputs, num_crops=self.variants[-1].crops)
         divisor = 1 if num_items is not None else self.current_gradient_accumulation_steps  # as in training_step
-        with same_start(devices_of(model)) as restart:
+        devices, ends = devices_of(model), {}
+        with same_start(devices) as restart:
 
-            def run(variant: Variant, rows: Tensor | None) -> TaskLosses:
+            def run(variant: Variant) -> TaskLosses:
                 restart()
-                batch = select_rows(batches[variant.crops], rows)
-                return self._forward(model, batch, CmpDrop(variant.drops, self.args.cmp_schedule))[0]
+                losses, _ = self._forward(
+                    model, batches[variant.crops], CmpDrop(variant.drops, self.args.cmp_schedule)
+                )
+                ends[variant] = RandomState.capture(devices)
+                return losses
 
-            return loss_one_variant_at_a_time(
+            result = loss_one_variant_at_a_time(
                 run,
                 self.variants,
                 reduce=lambda losses: self._reduce(self._objective(losses), losses.weights, num_items),
                 backward=lambda share: self.accelerator.backward(share / divisor),
                 unsynchronized=self.accelerator.no_sync(model),
-                may_skip_full=self.accelerator.num_processes == 1,
+                may_skip=self.accelerator.num_processes == 1,
             )
+        ends[self.variants[-1]].restore()  # the full variant, the last to run, draws no masks
+        return result
 
     def _objective(self, losses: TaskLosses) -> Tensor:
         """(batch, parts, 1 + c) task losses -> (batch, parts) losses to minimize."""
@@ -259,18 +270,23 @@ class CmpTrainerMixin(ReportsPushes):
                 checks.check_dropout_sites(recorder.sites, self.args.cmp_schedule, self._bare_model)
             start.restore()
             self._can_stack = self._stacking_agrees(model, inputs, start)
-        if not losses.weights.any():
-            return False
-        if self.per_example_loss_func is None:
-            checks.check_own_loss(own_loss, batch_mean(*again), next(model.parameters()).dtype)
-        checks.check_repeatable(losses.values, again.values)
-        return True
+        labelled = losses.weights.any()
+        if labelled:
+            if self.per_example_loss_func is None:
+                checks.check_own_loss(own_loss, batch_mean(*again), next(model.parameters()).dtype)
+            checks.check_repeatable(losses.values, again.values)
+        return bool(self._sum_over_processes(labelled.int()))  # all processes go on, or check again, together
 
     def _stacking_agrees(self, model: nn.Module, inputs: Mapping[str, Any], start: RandomState) -> bool:
         """Whether a stacked forward gives the losses of single ones; an error if it was asked for and does not."""
-        choice, on_cpu = self.args.cmp_forward, next(model.parameters()).device.type == "cpu"
-        if choice == "sequential" or (choice == "auto" and (self.args.torch_compile or not on_cpu)):
+        choice, parameter = self.args.cmp_forward, next(model.parameters())
+        # Processes have to do equally many forwards, also where the batch of one is small and that of another is not.
+        may_pay = (
+            parameter.device.type == "cpu" and not self.args.torch_compile and self.accelerator.num_processes == 1
+        )
+        if choice == "sequential" or (choice == "auto" and not may_pay):
             return False
+        is_half = self.accelerator.mixed_precision != "no" or parameter.dtype in (torch.float16, torch.bfloat16)
         single, _ = self._compare(model, inputs, stacked=False)
         start.restore()
         try:
@@ -278,16 +294,24 @@ class CmpTrainerMixin(ReportsPushes):
             stacked, _ = self._compare(model, inputs, stacked=True)
         except CannotStack as error:
             return checks.check_stacking(single.values, None, choice, str(error))
-        return checks.check_stacking(single.values, stacked.values, choice)
+        except Exception:  # of the model, its outputs or the user's losses, which all did without stacking
+            if choice == "stacked":
+                raise
+            return False
+        return checks.check_stacking(single.values, stacked.values, choice, is_half=is_half)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, on the full input; with --cmp_eval_ablations the variants' losses are noted too."""
         full = {name: value for name, value in inputs.items() if name != SEGMENTS}
         prediction = super().prediction_step(model, full, *args, **kwargs)
-        has_labels = self.per_example_loss_func is not None or any(name in inputs for name in LABEL_NAMES)
-        if self.num_ablations and self.args.cmp_eval_ablations and has_labels:
+        if self.num_ablations and self.args.cmp_eval_ablations and self._has_labels(inputs):
             self._note_eval_variants(model, self._prepare_inputs(inputs))
         return prediction
+
+    def _has_labels(self, inputs: Mapping[str, Any]) -> bool:
+        if self.per_example_loss_func is not None:
+            return all(inputs.get(name) is not None for name in self.label_names)
+        return any(inputs.get(name) is not None for name in LABEL_NAMES)
 
     def _note_eval_variants(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Compare the variants of an evaluation batch, with masks that depend on the seed and the batch alone."""
@@ -304,6 +328,7 @@ class CmpTrainerMixin(ReportsPushes):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the variants' mean losses among the metrics under --cmp_eval_ablations."""
+        self._eval_losses = LossLog()  # an evaluation that raised may have left losses
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         variant_losses = self._eval_losses.pop(prefix=f"{prefix}_")

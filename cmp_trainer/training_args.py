@@ -62,7 +62,7 @@ class CmpTrainingArguments(TrainingArguments):
 
         cmp_forward (`str`, defaults to `"auto"`):
             `sequential`, one forward a variant; `stacked`, one forward for all drop variants; `auto`, stacked where
-            that was measured to be faster (small batches on the CPU).
+            that was measured to be faster (small batches on the CPU, in one process).
         cmp_low_memory (`bool`, defaults to `False`):
             Exact gradients at the activation memory of one variant, for c more forwards.
 

@@ -165,6 +165,14 @@ def test_the_first_step_checks_leave_random_state_and_buffers_alone(tmp_path):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
+def test_checks_of_all_processes_end_together(tmp_path, monkeypatch):
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=1)
+    monkeypatch.setattr(trainer, "_sum_over_processes", lambda labelled: labelled + 1)  # another process had labels
+    unlabelled = {**batch_of(token_data()), "labels": torch.full((4,), -100)}
+    trainer.compute_loss(trainer.model.train(), unlabelled)
+    assert trainer._first_step_is_checked
+
+
 def test_checks_wait_for_a_batch_with_labels(tmp_path):
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=1)
     batch = batch_of(token_data())

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 from torch.nn import functional as F
 
+from cmp_trainer import CmpTrainer
 from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
 
 OBJECTIVES = [
@@ -15,9 +18,9 @@ OBJECTIVES = [
 ]
 
 
-def step(tmp_path, **changes):
+def step(tmp_path, model=None, **changes):
     """Loss, gradients, number of forwards with a graph and logged losses of one training step."""
-    model = tiny_bert(hidden_dropout_prob=0.3)
+    model = tiny_bert(hidden_dropout_prob=0.3) if model is None else model
     trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=3, cmp_forward="sequential", **changes)
     trainer.current_gradient_accumulation_steps = changes.get("gradient_accumulation_steps", 1)
     trainer.create_optimizer()
@@ -52,10 +55,77 @@ def test_variants_without_weight_are_not_run_again(tmp_path):
     assert rows == [8, 8]  # the last variant, whose graph comes before its weight is known, and the full one
 
 
-def test_examples_without_weight_are_left_out_of_the_full_variant(tmp_path):
-    _, _, rows, log = step(tmp_path, cmp_low_memory=True, cmp_baseline="first")
-    assert 0 < log["violation_rate"] < 1  # some full models are already best, and get no push of their own
-    assert rows[-1] < 8
+def test_where_processes_wait_for_each_other_every_variant_is_run(tmp_path, monkeypatch):
+    """Under FSDP a forward exchanges weights; what one process leaves out, the others wait for."""
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    _, _, rows, _ = step(
+        tmp_path, cmp_low_memory=True, cmp_objective="regularized", cmp_primary="full", cmp_weight=0.0
+    )
+    assert rows == [8] * 4
+
+
+def with_batch_norm(model):
+    model.classifier = nn.Sequential(nn.BatchNorm1d(16), model.classifier)
+    return {}
+
+
+def with_losses_of_a_batch(model):
+    def function(outputs, inputs):
+        own = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+        return own + outputs.logits.mean(0).square().sum()
+
+    return {"per_example_loss_func": function}
+
+
+@pytest.mark.parametrize("change", [with_batch_norm, with_losses_of_a_batch])
+def test_gradients_are_exact_also_where_examples_see_each_other(change, tmp_path):
+    found = []
+    for low_memory in (False, True):
+        model = tiny_bert(hidden_dropout_prob=0.3)
+        settings = {"cmp_low_memory": low_memory, "cmp_baseline": "first", **change(model)}
+        _, ours, _, log = step(tmp_path, model, **settings)
+        assert 0 < log["violation_rate"] < 1  # some full models are already best, and get no push of their own
+        found.append(ours)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
+def test_every_step_drops_what_the_plain_step_drops(tmp_path):
+    """Not the same in all steps: the random state goes on as in the plain step."""
+    models, states = [], []
+    for low_memory in (False, True):
+        trainer = cmp_trainer(
+            tmp_path, cmp_num_ablations=2, cmp_forward="sequential", cmp_low_memory=low_memory, optim="sgd"
+        )
+        trainer.train()
+        models.append(dict(trainer.model.named_parameters()))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    torch.testing.assert_close(models[1], models[0], rtol=1e-4, atol=1e-6)
+
+
+class Halved(CmpTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) / 2
+
+
+class CountLost(CmpTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [(Halved, "0.5"), (CountLost, "1")])
+def test_a_loss_that_is_scaled_after_the_other_variants_backward_is_refused(kind, scale, tmp_path):
+    settings = {"cmp_num_ablations": 2, "cmp_low_memory": True, "gradient_accumulation_steps": 2}
+    trainer = cmp_trainer(tmp_path, kind=kind, **settings)
+    trainer.model_accepts_loss_kwargs = True  # as with transformers 5
+    with pytest.raises(ValueError, match=f"the backward of the loss began with {scale}, but --cmp_low_memory"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("optimizer", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_in_every_backward_are_refused(optimizer, tmp_path):
+    with pytest.raises(ValueError, match=f"--cmp_low_memory makes several backwards a step, and --optim {optimizer}"):
+        cmp_trainer(tmp_path, cmp_num_ablations=1, cmp_low_memory=True, optim=optimizer)
 
 
 def test_no_more_than_one_graph_is_alive(tmp_path):

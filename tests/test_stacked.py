@@ -1,15 +1,25 @@
 """Stacked forwards compute what single ones do, and are refused where they cannot."""
 
+from collections import namedtuple
+
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
-from transformers import BartConfig, BartForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from cmp_trainer.dropout import CmpDrop
 from cmp_trainer.forwards import stacking_pays
 from cmp_trainer.stacked import CannotStack, StackedDrop
-from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
+from tests.helpers import SMALL, batch_of, cmp_trainer, gradients, tiny_bert, token_data
 
 ROWS = torch.ones(3, 5, 40)
 QUERY, IDENTITY = torch.zeros(3, 2, 6, 4), torch.eye(6).expand(3, 2, 6, 6)
@@ -141,6 +151,56 @@ def bert_with_batch_norm():
 
 def test_a_model_whose_rows_depend_on_each_other_is_run_variant_by_variant(tmp_path):
     trainer = cmp_trainer(tmp_path, bert_with_batch_norm(), cmp_num_ablations=2)
+    trainer.compute_loss(trainer.model.train(), batch_of(token_data()))
+    assert not trainer._can_stack
+
+
+def test_a_dropout_of_other_rows_is_found_also_where_it_hardly_moves_the_loss(tmp_path):
+    """DeBERTa drops its table of relative positions, whose rows are as many as two groups of a batch could be."""
+    torch.manual_seed(0)
+    relative = {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 16}
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(**SMALL, **relative, num_labels=3))
+    model.classifier.weight.data *= 0.1
+    trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=1)
+    trainer.compute_loss(model.train(), batch_of(token_data()))
+    assert not trainer._can_stack
+
+
+class NestedInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bert = tiny_bert()
+
+    def forward(self, text, labels=None):
+        return self.bert(**text, labels=labels)
+
+
+class NamedOutputs(nn.Module):
+    Outputs = namedtuple("Outputs", ["loss", "logits"])
+
+    def __init__(self):
+        super().__init__()
+        self.bert = tiny_bert()
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        outputs = self.bert(input_ids, attention_mask, labels=labels)
+        return self.Outputs(outputs.loss, outputs.logits)
+
+
+@pytest.mark.parametrize("model", [NestedInputs(), NamedOutputs()], ids=["nested inputs", "a named tuple"])
+def test_a_model_that_cannot_be_stacked_at_all_is_run_variant_by_variant(model, tmp_path):
+    batch = batch_of(token_data())
+    if isinstance(model, NestedInputs):
+        batch = {"labels": batch.pop("labels"), "text": batch}
+    trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=1)
+    assert trainer.compute_loss(model.train(), batch) > 0
+    assert not trainer._can_stack
+
+
+def test_of_several_processes_none_stacks_by_itself(tmp_path, monkeypatch):
+    """Their batches differ in size, and all of them have to do equally many forwards."""
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2)
     trainer.compute_loss(trainer.model.train(), batch_of(token_data()))
     assert not trainer._can_stack
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from cmp_trainer import CmpTrainer
 from cmp_trainer.comparative_losses import comparative_loss, regularized_loss
+from cmp_trainer.task_losses import TaskLosses
 from tests.helpers import batch_of, cmp_trainer, gradients, same_weights, tiny_bert, token_data, training_arguments
 
 
@@ -182,10 +183,11 @@ def test_an_example_without_label_counts_nothing_and_makes_no_nan(tmp_path):
     torch.testing.assert_close(loss, comparative_loss(losses.values)[:3].mean())
 
 
-def test_a_batch_without_any_label_is_zero_with_zero_gradients(tmp_path):
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=str)
+def test_a_batch_without_any_label_is_zero_with_zero_gradients(num_items, tmp_path):
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=2)
     batch = {**batch_of(token_data()), "labels": torch.full((4,), -100)}
-    assert step_loss(trainer, batch) == 0
+    assert step_loss(trainer, batch, num_items_in_batch=num_items) == 0
     assert all((gradient == 0).all() for gradient in gradients(trainer.model).values())
 
 
@@ -230,6 +232,44 @@ def test_logs_hold_the_mean_of_every_variant_since_the_last_log(tmp_path):
         assert [log["loss_full"], log["loss_ablated_1"], log["loss_ablated_2"]] == pytest.approx(means)
         assert 0 <= log["violation_rate"] <= 1
         assert math.isfinite(log["grad_norm"])
+
+
+def test_a_log_holds_nothing_of_an_earlier_training(tmp_path):
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=1, max_steps=1, logging_steps=10)
+    trainer.train()
+    assert trainer._train_losses  # of a step that was never logged
+    trainer.args.logging_steps, seen = 1, []
+    objective = trainer._objective
+    trainer._objective = lambda losses: seen.append(losses.values) or objective(losses)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[0]["loss_full"] == pytest.approx(seen[0][..., 0].mean().item())
+
+
+def test_metrics_hold_nothing_of_an_evaluation_that_raised(tmp_path):
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=1, cmp_eval_ablations=True)
+    forwards = []
+
+    def fail(module, args):
+        forwards.append(module)
+        if len(forwards) == 5:
+            raise RuntimeError("in an evaluation")
+
+    hook = trainer.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in an evaluation"):
+        trainer.evaluate()
+    hook.remove()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss_full"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+def test_examples_without_labels_are_predicted_with_a_loss_of_the_users_too(tmp_path):
+    settings = {"cmp_num_ablations": 1, "cmp_eval_ablations": True, "per_example_loss_func": doubled_cross_entropy}
+    trainer = cmp_trainer(tmp_path, **settings)
+    output = trainer.predict(token_data().remove_columns("labels"))
+    assert len(output.predictions) == 32
+    assert "test_loss_full" not in output.metrics
+    assert "test_loss_full" in trainer.predict(token_data()).metrics
 
 
 def test_full_variant_is_the_eval_model(tmp_path):
@@ -308,6 +348,17 @@ def test_without_ablations_the_users_loss_is_the_plain_loss(tmp_path):
     batch = batch_of(token_data())
     loss, outputs = trainer.compute_loss(trainer.model.train(), dict(batch), return_outputs=True)
     torch.testing.assert_close(loss, 2 * F.cross_entropy(outputs.logits, batch["labels"]))
+
+
+def test_weights_of_the_users_losses_are_those_of_a_mean_also_where_they_are_small(tmp_path):
+    def weighted(outputs, inputs):
+        losses = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none").unsqueeze(1)
+        return TaskLosses(losses, torch.full_like(losses, 0.01))
+
+    trainer = cmp_trainer(tmp_path, per_example_loss_func=weighted)
+    batch = batch_of(token_data())
+    loss, outputs = trainer.compute_loss(trainer.model.train(), dict(batch), return_outputs=True)
+    torch.testing.assert_close(loss, F.cross_entropy(outputs.logits, batch["labels"]))
 
 
 def test_losses_in_parts_are_compared_apart_and_averaged(tmp_path):

@@ -1,8 +1,9 @@
 """Trains a tiny token classifier in the settings named on the command line, launched in several processes.
 
-Tokens have labels in unequal numbers and the last batch is short, so that each normalization has to be right over the
-processes. Every forward starts from the seed of its step: two processes then drop what two accumulated batches of one
-process drop, and have to end at the same weights.
+Tokens have labels in unequal numbers, the second process begins with a batch without any, and the last batch is
+short, so that each normalization has to be right over the processes, and all have to do equally many forwards. Every
+forward starts from the seed of its step: two processes then drop what two accumulated batches of one process drop, and
+have to end at the same weights.
 """
 
 import sys
@@ -41,10 +42,11 @@ class Reseeded(CmpTrainer):
 
 
 def tokens(rows: int) -> Dataset:
-    """Token ids, each labelled by what it is, or not at all."""
+    """Token ids, each labelled by what it is, or not at all; the second batch has no label."""
     draws = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 40, (rows, 6), generator=draws)
     labels = torch.where(torch.rand(ids.shape, generator=draws) < 0.6, ids % 3, -100)
+    labels[BATCH : 2 * BATCH] = -100
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
 
