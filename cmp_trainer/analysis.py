@@ -139,8 +139,9 @@ def as_text(curve: pd.DataFrame) -> str:
     for measure in measures(curve):
         pairs = zip(summary[measure]["mean"], summary[measure]["std"], strict=True)
         table[measure] = [f"{mean:.4f}" + ("" if np.isnan(std) else f" ± {std:.4f}") for mean, std in pairs]
-    seeds = ", ".join(str(seed) for seed in curve["seed"].unique())
-    heading = f"{curve['examples'].max()} examples, mean ± standard deviation over the mask seeds {seeds}"
+    seeds = [str(seed) for seed in curve["seed"].unique()]
+    repeated = f"mean ± standard deviation over the mask seeds {', '.join(seeds)}"
+    heading = f"{curve['examples'].max()} examples, {repeated if len(seeds) > 1 else f'mask seed {seeds[0]}'}"
     return f"{heading}\n{table.reset_index().to_string(index=False)}"
 
 

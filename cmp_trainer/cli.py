@@ -39,7 +39,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 def _script(path: str) -> str:
     if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"{path} is no file; expected the path of a Python script")
+        raise argparse.ArgumentTypeError(
+            f"{path} is no file; expected the path of a script, and after it its arguments"
+        )
     return path
 
 
