@@ -219,7 +219,7 @@ def test_passages_of_a_given_run_that_the_corpus_lacks_are_left_out_and_counted(
     write_run(run, path, "test")
     found = experiment.first_pass(experiment.train, 10, str(path))
     assert set(map(tuple, found.values())) == {(("p0-0-0", 1.0),)}
-    assert "128 retrieved passages are not in the corpus and are left out (e.g. lost" in caplog.text
+    assert "128 retrieved passages are not in the corpus and are left out (e.g. lost)" in caplog.text
     write_run(run | {"q0-0-1": [("lost", 2.0)]}, path, "test")
     with pytest.raises(ValueError, match=r"no passage of this corpus for 1 queries, e.g. q0-0-1"):
         experiment.first_pass(experiment.train, 10, str(path))

@@ -226,4 +226,4 @@ def read_jsonl(path: Path) -> Iterator[dict]:
 
 def report(name: str, finding: str, items: list[str]) -> None:
     if items:
-        logger.warning("%s: %d %s (e.g. %s)", name, len(items), finding, ", ".join(items[:3]))
+        logger.warning("%s: %d %s (e.g. %s)", name, len(items), finding, ", ".join(list(dict.fromkeys(items))[:3]))
