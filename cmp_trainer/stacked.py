@@ -4,12 +4,14 @@ A small batch keeps a processor busy with overhead, not with arithmetic, and 1 +
 Here the batch is repeated for G variants, (G * batch, …), the model runs once, and only the dropout calls treat the
 groups apart: each group is dropped at its own rate by PyTorch's own kernel, started from the random state in which
 the site was reached. So every group gets the very masks that a forward of its own would give it. On the CPU, where
-drawing a mask takes longer than applying it, plain dropout draws once for all groups, to the same masks.
+drawing a mask takes longer than applying it, plain dropout draws once for all groups, to the same masks, where
+PyTorch draws by a kernel of its own (on processors of Intel it is MKL that draws).
 
 This asks of the model that rows come first in what it drops and do not depend on each other. Where they do (batch
 norm, time-major layers), the losses differ from those of single forwards, which is checked on the first batch.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -125,14 +127,26 @@ def _draws_once(func: Callable, rates: Sequence[float], first: Tensor, args: tup
     training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
     inplace = args[3] if len(args) > 3 else kwargs.get("inplace", False)
     plain = func in (F.dropout, torch.dropout) and training and not inplace
-    return plain and first.device.type == "cpu" and max(rates) < 1
+    return plain and first.device.type == "cpu" and max(rates) < 1 and _kernel_draws_doubles()
+
+
+@functools.cache
+def _kernel_draws_doubles() -> bool:
+    """Whether dropout here is what `_drop_groups_at_once` computes; on processors of Intel, MKL draws otherwise."""
+    start = torch.get_rng_state()
+    kept, end = torch.dropout(torch.ones(64), 0.5, True) > 0, torch.get_rng_state()
+    torch.set_rng_state(start)
+    same = torch.equal(torch.empty(64, dtype=torch.float64).uniform_() < 0.5, kept)
+    same = same and torch.equal(torch.get_rng_state(), end)
+    torch.set_rng_state(start)
+    return same
 
 
 def _drop_groups_at_once(stacked: Tensor, rates: Sequence[float]) -> Tensor:
     """Dropout of group g of the rows at `rates[g]`.
 
-    PyTorch's CPU kernel keeps a neuron where a uniform number in double precision is below 1 - rate. So one draw
-    of these numbers gives the masks of all groups, and leaves the random state where one call leaves it.
+    PyTorch's own CPU kernel keeps a neuron where a uniform number in double precision is below 1 - rate. So one
+    draw of these numbers gives the masks of all groups, and leaves the random state where one call leaves it.
     """
     groups = stacked.split(len(stacked) // len(rates))
     uniform = torch.empty_like(groups[0], dtype=torch.float64).uniform_()

@@ -16,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from cmp_trainer import stacked
 from cmp_trainer.dropout import CmpDrop
 from cmp_trainer.forwards import stacking_pays
 from cmp_trainer.stacked import CannotStack, StackedDrop
@@ -78,6 +79,18 @@ def test_every_group_gets_the_masks_of_a_forward_of_its_own(call, dtype, p):
         with CmpDrop(drops):
             assert torch.equal(CALLS[call](rows, p), group)
     assert torch.equal(torch.get_rng_state(), state_after)
+
+
+def test_the_masks_are_the_same_where_another_library_draws_them(monkeypatch):
+    """On processors of Intel MKL does: each group is then dropped by the call itself."""
+    monkeypatch.setattr(torch, "dropout", lambda rows, p, training: rows * (torch.rand_like(rows) > p))
+    stacked._kernel_draws_doubles.cache_clear()
+    assert not stacked._kernel_draws_doubles()
+    monkeypatch.undo()
+    stacked._kernel_draws_doubles.cache_clear()
+    monkeypatch.setattr(stacked, "_kernel_draws_doubles", lambda: False)
+    monkeypatch.setattr(stacked, "_drop_groups_at_once", lambda *args: pytest.fail("drawn at once"))
+    test_every_group_gets_the_masks_of_a_forward_of_its_own("plain", torch.float32, 0.1)
 
 
 def test_the_rows_of_the_full_model_get_no_mask():
