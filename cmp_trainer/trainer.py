@@ -28,7 +28,7 @@ from cmp_trainer.dropout import CmpDrop, DropoutSites, dropout_awake
 from cmp_trainer.forwards import devices_of, run_variants, stacking_pays
 from cmp_trainer.gradient_checkpointing import RecomputeUnderCmpDrop
 from cmp_trainer.loss_log import LossLog
-from cmp_trainer.low_memory import loss_one_variant_at_a_time
+from cmp_trainer.low_memory import loss_one_variant_at_a_time, select_rows
 from cmp_trainer.model_card import write_model_card
 from cmp_trainer.pushing import ReportsPushes
 from cmp_trainer.random_state import RandomState, same_start, untouched_randomness
@@ -160,21 +160,22 @@ class CmpTrainerMixin(ReportsPushes):
         devices, ends = devices_of(model), {}
         with same_start(devices) as restart:
 
-            def run(variant: Variant) -> TaskLosses:
+            def run(variant: Variant, rows: Tensor | None) -> TaskLosses:
                 restart()
-                losses, _ = self._forward(
-                    model, batches[variant.crops], CmpDrop(variant.drops, self.args.cmp_schedule)
-                )
+                batch = select_rows(batches[variant.crops], rows)
+                losses, _ = self._forward(model, batch, CmpDrop(variant.drops, self.args.cmp_schedule))
                 ends[variant] = RandomState.capture(devices)
                 return losses
 
+            alone = self.accelerator.num_processes == 1
             result = loss_one_variant_at_a_time(
                 run,
                 self.variants,
                 reduce=lambda losses: self._reduce(self._objective(losses), losses.weights, num_items),
                 backward=lambda share: self.accelerator.backward(share / divisor),
                 unsynchronized=self.accelerator.no_sync(model),
-                may_skip=self.accelerator.num_processes == 1,
+                may_skip=alone,
+                may_select=alone and self.per_example_loss_func is None,  # which may look at the whole batch
             )
         ends[self.variants[-1]].restore()  # the full variant, the last to run, draws no masks
         return result

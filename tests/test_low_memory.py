@@ -64,6 +64,14 @@ def test_where_processes_wait_for_each_other_every_variant_is_run(tmp_path, monk
     assert rows == [8] * 4
 
 
+def test_examples_without_weight_are_left_out_of_the_full_variant(tmp_path):
+    _, ours, rows, log = step(tmp_path, cmp_low_memory=True, cmp_baseline="first")
+    assert 0 < log["violation_rate"] < 1  # some full models are already best, and get no push of their own
+    assert rows[-1] < 8
+    _, wanted, *_ = step(tmp_path, cmp_low_memory=False, cmp_baseline="first")
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-7)
+
+
 def with_batch_norm(model):
     model.classifier = nn.Sequential(nn.BatchNorm1d(16), model.classifier)
     return {}
