@@ -52,7 +52,7 @@ CITATIONS = """\
 }"""
 
 _ALWAYS_SHOWN = ("cmp_num_ablations", "cmp_objective", "cmp_baseline")
-_NOT_MEASURES = ("runtime", "samples_per_second", "steps_per_second", "samples", "model_preparation_time")
+_NOT_MEASURES = ("runtime", "_per_second", "samples", "model_preparation_time", "questions", "_total")  # endings
 
 
 def write_model_card(trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -191,7 +191,7 @@ def _evaluation(trainer: Any) -> dict[str, float]:
         return {}
     log = history[evaluations[-1]]
     values = {name.removeprefix("eval_"): value for name, value in log.items() if name.startswith("eval_")}
-    return {name: value for name, value in values.items() if name not in _NOT_MEASURES}
+    return {name: value for name, value in values.items() if not name.endswith(_NOT_MEASURES)}
 
 
 def _model_index(trainer: Any, summary: TrainingSummary, evaluation: dict[str, float]) -> list[EvalResult]:

@@ -98,6 +98,25 @@ class DataArguments:
     max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "Evaluate on the first so many"})
     max_predict_samples: int | None = dataclasses.field(default=None, metadata={"help": "Predict the first so many"})
 
+    def files(self) -> dict[str, Path]:
+        """The local file of every split that has one."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name.removesuffix("_file"): Path(file).expanduser()
+            for name, file in given.items()
+            if name.endswith("_file") and file is not None
+        }
+
+    def card(self) -> dict[str, str | None]:
+        """What a model card says of the data: the Hub's name, or the files', without folders of this machine."""
+        if files := self.files():
+            return {"dataset": f"local files ({', '.join(f'{split}: {file.name}' for split, file in files.items())})"}
+        return {
+            "dataset": " ".join(name for name in (self.dataset_name, self.dataset_config_name) if name),
+            "dataset_tags": self.dataset_name,
+            "dataset_args": self.dataset_config_name,
+        }
+
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
@@ -210,12 +229,7 @@ def load_splits(data_args: DataArguments) -> dict[str, Dataset]:
         ValueError: No source; a file that is missing, empty or not of the form that its ending says; a dataset that
             does not exist or cannot be reached.
     """
-    files = {
-        field.name.removesuffix("_file"): Path(getattr(data_args, field.name)).expanduser()
-        for field in dataclasses.fields(data_args)
-        if field.name.endswith("_file") and getattr(data_args, field.name) is not None
-    }
-    if files:
+    if files := data_args.files():
         logger.info("reading local files: %s", ", ".join(f"{split} from {file}" for split, file in files.items()))
         return {split: load_file(file, split) for split, file in files.items()}
     options = " ".join(f"--{field.name}" for field in dataclasses.fields(data_args) if field.name.endswith("_file"))

@@ -74,6 +74,8 @@ def task_losses(
         return TaskLosses(torch.stack([starts.values, ends.values], 1), torch.stack([starts.weights, ends.weights], 1))
     logits = _logits(outputs)
     labels = inputs.get("labels")
+    if logits is not None and labels is None:
+        raise UnknownTask(_no_labels(inputs))
     if logits is None or not isinstance(labels, Tensor):
         raise UnknownTask(_unknown(outputs, inputs))
     if logits.ndim == 3 and labels.ndim == 2 and logits.shape[:2] == labels.shape:
@@ -94,6 +96,7 @@ def user_losses(function: PerExampleLoss, outputs: Any, inputs: Mapping[str, Any
     losses = function(outputs, inputs)
     if isinstance(losses, TaskLosses):
         return losses
+    sizes = {len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim}
     if not isinstance(losses, Tensor) or losses.ndim not in (1, 2) or not losses.is_floating_point():
         given = (
             f"{losses.dtype} of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
@@ -101,6 +104,11 @@ def user_losses(function: PerExampleLoss, outputs: Any, inputs: Mapping[str, Any
         raise ValueError(
             f"per_example_loss_func returned {given}; expected a float tensor of shape (batch,) or (batch, parts) "
             'that is not averaged over the batch, e.g. cross_entropy(…, reduction="none").'
+        )
+    if len(sizes) == 1 and 1 not in sizes and len(losses) not in sizes:  # a packed batch is one row of many examples
+        raise ValueError(
+            f"per_example_loss_func returned {len(losses)} rows for a batch of {sizes.pop()} examples; expected one "
+            "row each. Losses of tokens have to be averaged over the tokens of their example first."
         )
     values = losses.unsqueeze(1) if losses.ndim == 1 else losses
     return TaskLosses(values, torch.ones_like(values))
@@ -168,6 +176,8 @@ def _example_losses(logits: Tensor, labels: Tensor, problem_type: str | None, la
         raise ValueError(f"--label_smoothing_factor {label_smoothing} needs class labels; this is {task}.")
     if labels.numel() != logits.numel():
         raise ValueError(_wrong_labels(labels, f"floats of shape {tuple(logits.shape)}", num_classes))
+    if problem_type == "multi_label_classification" and not labels.is_floating_point():
+        raise ValueError(_wrong_labels(labels, f"floats of shape {tuple(logits.shape)}", num_classes))
     labels = labels.view_as(logits).to(logits.dtype)
     if problem_type == "regression":
         losses = F.mse_loss(logits, labels, reduction="none")
@@ -227,6 +237,14 @@ def _wrong_labels(labels: Tensor, expected: str, num_classes: int) -> str:
         f"labels are {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}; expected {expected} "
         f"for {num_classes} labels. Integers mean one class an example, floats mean multi-label classification; "
         "config.problem_type decides when it is set."
+    )
+
+
+def _no_labels(inputs: Mapping[str, Any]) -> str:
+    return (
+        f"the batch has no `labels`, only {', '.join(inputs)}. Give the data set a column of that name with numbers "
+        "(text does not become a tensor), or the trainer a per_example_loss_func(outputs, inputs) that returns the "
+        "loss of each example."
     )
 
 

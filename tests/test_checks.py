@@ -108,6 +108,29 @@ def test_a_users_loss_that_is_not_per_example_is_refused(function, tmp_path):
         first_step(cmp_trainer(tmp_path, cmp_num_ablations=2, per_example_loss_func=function))
 
 
+def test_a_users_losses_of_tokens_are_refused(tmp_path):
+    def of_tokens(outputs, inputs):
+        return outputs.logits[:, :1].expand(-1, 8).reshape(-1)
+
+    with pytest.raises(ValueError, match=r"returned 32 rows for a batch of 4 examples; .* averaged over the tokens"):
+        first_step(cmp_trainer(tmp_path, cmp_num_ablations=2, per_example_loss_func=of_tokens))
+
+
+def test_a_batch_without_labels_is_refused_with_what_it_has(tmp_path):
+    batch = {"input_ids": torch.randint(5, 40, (4, 8)), "attention_mask": torch.ones(4, 8)}
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2)
+    with pytest.raises(ValueError, match="the batch has no `labels`, only input_ids, attention_mask"):
+        trainer.compute_loss(trainer.model.train(), batch)
+
+
+def test_whole_numbers_for_several_labels_are_refused(tmp_path):
+    model = tiny_bert(problem_type="multi_label_classification")
+    batch = {"input_ids": torch.randint(5, 40, (4, 8)), "labels": torch.ones(4, 3, dtype=torch.long)}
+    trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=2)
+    with pytest.raises(ValueError, match=r"labels are int64 of shape \(4, 3\); expected floats"):
+        trainer.compute_loss(model.train(), batch)
+
+
 def test_a_batch_loss_function_is_refused_in_favour_of_a_per_example_one(tmp_path):
     def batch_loss(outputs, labels, num_items_in_batch=None):
         return F.cross_entropy(outputs.logits, labels)

@@ -205,6 +205,13 @@ def test_files_are_read_in_place_of_the_dataset_of_the_hub(tmp_path):
     assert {split: rows.num_rows for split, rows in splits.items()} == {"train": 2, "test": 2}
 
 
+def test_a_card_names_the_dataset_of_the_hub_or_the_files_without_their_folders():
+    data = DataArguments(dataset_name="nyu-mll/glue", dataset_config_name="cola")
+    assert data.card() == {"dataset": "nyu-mll/glue cola", "dataset_tags": "nyu-mll/glue", "dataset_args": "cola"}
+    data.train_file, data.test_file = "/private/mine.csv", "~/other.csv"
+    assert data.card() == {"dataset": "local files (train: mine.csv, test: other.csv)"}
+
+
 def test_a_script_adds_a_split_by_adding_a_field(tmp_path):
     @dataclass
     class MoreArguments(DataArguments):

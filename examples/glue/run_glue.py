@@ -119,7 +119,7 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if args.fp16 or args.bf16 else None),
         compute_metrics=metrics_of(data_args.task_name),
     )
-    card = {"tasks": "text-classification", "dataset": f"GLUE {data_args.task_name}", "language": "en"}
+    card = {"tasks": "text-classification", "language": "en", **data_args.card()}
     run(
         trainer,
         evaluation,

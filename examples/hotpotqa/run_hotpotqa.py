@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer,
         evaluation={"eval": evaluated["eval"]} if args.do_eval else None,
         prediction={"test": evaluated["test"]} if args.do_predict else None,
-        card={"tasks": "question-answering", **described_data(data_args)},
+        card={"tasks": "question-answering", **data_args.card()},
     )
 
 
@@ -133,15 +133,6 @@ class HotpotTrainer(CmpTrainer):
         scores = score_answers(answers, inputs.encoded)
         metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{name}": one for name, one in scores.items()}}
         return output._replace(metrics=metrics)
-
-
-def described_data(data_args: HotpotArguments) -> dict[str, str | None]:
-    """What the model card says of the data: the Hub's name, or the files', without folders of this machine."""
-    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    named = [f"{split}: {Path(file).name}" for split, file in files.items() if file is not None]
-    if named:
-        return {"dataset": f"local files ({', '.join(named)})"}
-    return {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
 
 
 def encode(

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer,
         evaluation={"eval": evaluation["eval"]} if args.do_eval else None,
         prediction={"test": evaluation["test"]} if args.do_predict else None,
-        card={"tasks": "question-answering", **described_data(data_args)},
+        card={"tasks": "question-answering", **data_args.card()},
     )
 
 
@@ -129,15 +129,6 @@ def questions_of(
             "Pass --version_2_with_negative true, or data in which every question has one."
         )
     return examples
-
-
-def described_data(data_args: SquadArguments) -> dict[str, str | None]:
-    """What the model card says of the data: the Hub's name, or the files', without folders of this machine."""
-    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    named = [f"{split}: {Path(file).name}" for split, file in files.items() if file is not None]
-    if named:
-        return {"dataset": f"local files ({', '.join(named)})"}
-    return {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
 
 
 def make_windows(
