@@ -7,8 +7,7 @@ time is spent.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,6 +64,11 @@ def check_setting(trainer: Any) -> None:
     if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
         raise ValueError(
             "context or sequence parallelism splits examples over processes; comparative loss needs them whole."
+        )
+    if trainer.get_tp_size() > 1:
+        raise ValueError(
+            f"tensor parallelism over {trainer.get_tp_size()} processes is not supported: the loss would be scaled as "
+            "if each of them had a batch of its own. Use FSDP or DistributedDataParallel."
         )
     _check_attention(trainer.model)
 
@@ -181,19 +185,6 @@ def check_stacking(
             "other (batch norm) or do not come first (time-major layers). Use --cmp_forward sequential."
         )
     return False
-
-
-@contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers, such as the running means of batch norm, are after the body what they were before."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before and not torch.equal(buffer, before[name]):
-                    buffer.copy_(before[name])
 
 
 def _settings(model: nn.Module) -> Mapping[str, Any]:

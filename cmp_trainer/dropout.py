@@ -165,14 +165,29 @@ def with_rate(rate: float, position: int, name: str, args: tuple, kwargs: dict) 
 
 
 @contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers, such as the running means of batch norm, are after the body what they were before."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before and not torch.equal(buffer, before[name]):
+                    buffer.copy_(before[name])
+
+
+@contextmanager
 def dropout_awake(model: nn.Module) -> Iterator[None]:
-    """Train mode for the modules of an eval model, so that they drop; batch norm stays asleep. Restored at the end."""
+    """Train mode for the modules of an eval model, so that they drop; batch norm stays asleep. Restored at the end,
+    with the buffers that other modules change in train mode (spectral norm)."""
     asleep = [module for module in model.modules() if not module.training]
     asleep = [module for module in asleep if not isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for module in asleep:
         module.training = True
     try:
-        yield
+        with unchanged_buffers(model):
+            yield
     finally:
         for module in asleep:
             module.training = False

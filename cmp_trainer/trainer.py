@@ -24,7 +24,7 @@ from cmp_trainer.analysis import ablation_curve
 from cmp_trainer.checkpoints import being_written, checkpoint_to_resume
 from cmp_trainer.comparative_losses import comparative_loss, regularized_loss
 from cmp_trainer.cropping import SEGMENTS, CmpCrop
-from cmp_trainer.dropout import CmpDrop, DropoutSites, dropout_awake
+from cmp_trainer.dropout import CmpDrop, DropoutSites, dropout_awake, unchanged_buffers
 from cmp_trainer.forwards import devices_of, run_variants, stacking_pays
 from cmp_trainer.gradient_checkpointing import RecomputeUnderCmpDrop
 from cmp_trainer.loss_log import LossLog
@@ -261,7 +261,7 @@ class CmpTrainerMixin(ReportsPushes):
         checks.check_setting(self)
         full = self._crop(inputs, num_crops=0)[0]
         eager = torch.compiler.set_stance("force_eager")  # a compiled model is not to be compiled for the checks
-        with torch.no_grad(), eager, untouched_randomness(devices_of(model)) as start, checks.unchanged_buffers(model):
+        with torch.no_grad(), eager, untouched_randomness(devices_of(model)) as start, unchanged_buffers(model):
             recorder = DropoutSites(0)
             losses, _ = self._forward(model, full, recorder)
             with CmpDrop(0):

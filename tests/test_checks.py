@@ -1,5 +1,7 @@
 """What is refused or warned of when a trainer is made and on its first step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -138,6 +140,16 @@ def test_a_batch_loss_function_is_refused_in_favour_of_a_per_example_one(tmp_pat
     assert cmp_trainer(tmp_path, compute_loss_func=batch_loss)
     with pytest.raises(ValueError, match="Pass per_example_loss_func"):
         cmp_trainer(tmp_path, cmp_num_ablations=1, compute_loss_func=batch_loss)
+
+
+@pytest.mark.parametrize("kind", ["context", "sequence", "tensor"])
+def test_parallelism_inside_of_examples_or_layers_is_refused(kind, tmp_path, monkeypatch):
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=1)
+    enabled = SimpleNamespace(cp_enabled=kind == "context", sp_enabled=kind == "sequence")
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", enabled, raising=False)
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2 if kind == "tensor" else 1)
+    with pytest.raises(ValueError, match=f"{kind}.* parallelism"):
+        first_step(trainer)
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])

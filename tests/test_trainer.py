@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from cmp_trainer import CmpTrainer
@@ -217,6 +218,15 @@ def test_eval_loss_is_that_of_trainer_and_ablations_are_reported_beside_it(tmp_p
     assert {"eval_loss_ablated_1", "eval_loss_ablated_2", "eval_violation_rate"} < metrics.keys()
     again = ours.evaluate()
     assert again["eval_loss_ablated_2"] == metrics["eval_loss_ablated_2"]
+
+
+def test_evaluating_ablations_leaves_buffers_alone(tmp_path):
+    model = tiny_bert()
+    spectral_norm(model.classifier)  # whose estimate goes on with every forward in train mode
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    cmp_trainer(tmp_path, model, cmp_num_ablations=2, cmp_eval_ablations=True).evaluate()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def test_logs_hold_the_mean_of_every_variant_since_the_last_log(tmp_path):
