@@ -11,6 +11,7 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from run_glue import TASKS, GlueArguments, encode_labels, main
 from safetensors.torch import load_file
@@ -67,6 +68,17 @@ def test_configs_hold_the_published_settings(name):
 
 def test_every_config_is_a_published_one():
     assert {file.stem for file in GLUE.glob("*.yaml")} == set(PUBLISHED)
+
+
+def test_the_table_of_the_readme_is_that_of_the_configs():
+    rows = [line.strip("| ").split(" | ") for line in (GLUE / "README.md").read_text().splitlines() if " | " in line]
+    table = {row[0]: row[1:] for row in rows[2:]}
+    assert set(table) == set(TASKS)
+    for task, (columns, measure, ablations, baseline) in table.items():
+        config = yaml.safe_load((GLUE / f"{task}.yaml").read_text())
+        assert columns == ", ".join(TASKS[task].columns)
+        assert measure.lower().startswith(config["metric_for_best_model"].replace("_", " "))
+        assert (int(ablations), baseline) == (config["cmp_num_ablations"], config["cmp_baseline"])
 
 
 # --------------------------------------------------------------------------------------------------- metrics
