@@ -7,7 +7,7 @@ What each word means is in the file of that name. Everything else, from data loa
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
@@ -322,9 +322,22 @@ class CmpTrainerMixin(ReportsPushes):
             losses, _ = self._compare(model, inputs, stacked=False)
         self._eval_losses.add(*self.accelerator.gather_for_metrics(tuple(losses)))
 
-    def evaluate_ablations(self, eval_dataset: Any = None, **kwargs: Any) -> pd.DataFrame:
-        """Loss, metrics and violations at 0, 1, … drops and crops, as `analysis.ablation_curve`; the card shows it."""
-        self.ablations = ablation_curve(self, eval_dataset, **kwargs)
+    def evaluate_ablations(
+        self,
+        eval_dataset: Any = None,
+        *,
+        drops: int | None = None,
+        crops: int | None = None,
+        seeds: Sequence[int] = (0, 1, 2),
+        model_name: str | None = None,
+    ) -> pd.DataFrame:
+        """Loss, metrics and violations at 0, 1, … drops and crops, which the model card shows from then on.
+
+        Arguments, columns of the result and errors are those of `cmp_trainer.analysis.ablation_curve`.
+        """
+        self.ablations = ablation_curve(
+            self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name
+        )
         return self.ablations
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
