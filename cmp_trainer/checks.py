@@ -160,7 +160,7 @@ def check_repeatable(first: Tensor, second: Tensor) -> None:
 
 
 def check_stacking(
-    single: Tensor, stacked: Tensor | None, choice: str, reason: str = "", is_half: bool = False
+    single: Tensor, stacked: Tensor | None, choice: str, reason: str = "", rounds: bool = False
 ) -> bool:
     """Whether variants may be stacked: their losses have to be those of single forwards.
 
@@ -168,15 +168,14 @@ def check_stacking(
         single: task losses of one forward a variant.
         stacked: task losses of one forward for all, or None where the model cannot be stacked, for `reason`.
         choice: the argument cmp_forward; only `stacked` insists.
-        is_half: the model computes in 16 bit. Else the two differ by an order of summation: a mask of the wrong rows
-            may move the losses of a new head by less than a thousandth.
+        rounds: the model computes in 16 bit, or on a device that may round products (TF32). Else the two differ by an
+            order of summation: a mask of the wrong rows may move the losses of a new head by less than a thousandth.
 
     Raises:
         ValueError: --cmp_forward stacked was asked for and is not possible.
     """
-    if stacked is not None and torch.allclose(
-        single, stacked, rtol=1e-3 if is_half else 3e-5, atol=1e-4 if is_half else 3e-6
-    ):
+    rtol, atol = (1e-3, 1e-4) if rounds else (3e-5, 3e-6)
+    if stacked is not None and torch.allclose(single, stacked, rtol=rtol, atol=atol):
         return True
     if choice == "stacked":
         difference = "" if stacked is None else f"its losses differ by up to {(single - stacked).abs().max():.3g}."

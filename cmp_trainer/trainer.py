@@ -281,13 +281,12 @@ class CmpTrainerMixin(ReportsPushes):
     def _stacking_agrees(self, model: nn.Module, inputs: Mapping[str, Any], start: RandomState) -> bool:
         """Whether a stacked forward gives the losses of single ones; an error if it was asked for and does not."""
         choice, parameter = self.args.cmp_forward, next(model.parameters())
+        on_cpu, precise = parameter.device.type == "cpu", parameter.dtype in (torch.float32, torch.float64)
         # Processes have to do equally many forwards, also where the batch of one is small and that of another is not.
-        may_pay = (
-            parameter.device.type == "cpu" and not self.args.torch_compile and self.accelerator.num_processes == 1
-        )
+        may_pay = on_cpu and not self.args.torch_compile and self.accelerator.num_processes == 1
         if choice == "sequential" or (choice == "auto" and not may_pay):
             return False
-        is_half = self.accelerator.mixed_precision != "no" or parameter.dtype in (torch.float16, torch.bfloat16)
+        rounds = not (on_cpu and precise and self.accelerator.mixed_precision == "no")
         single, _ = self._compare(model, inputs, stacked=False)
         start.restore()
         try:
@@ -299,7 +298,7 @@ class CmpTrainerMixin(ReportsPushes):
             if choice == "stacked":
                 raise
             return False
-        return checks.check_stacking(single.values, stacked.values, choice, is_half=is_half)
+        return checks.check_stacking(single.values, stacked.values, choice, rounds=rounds)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, on the full input; with --cmp_eval_ablations the variants' losses are noted too."""
