@@ -3,6 +3,7 @@
 import doctest
 import json
 import os
+import shutil
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from hotpot_inputs import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_hotpotqa import HotpotArguments, main
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -351,14 +353,15 @@ def folder(request, tokenizer, tmp_path_factory):
     return folder
 
 
-def run_main(folder, config, *more):
+def run_main(folder, config, *more, output=None):
+    output = output or folder / config.stem
     main(
-        [str(config), "--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / config.stem)]
+        [str(config), "--model_name_or_path", str(folder / "model"), "--output_dir", str(output)]
         + ["--train_file", str(folder / "data.jsonl"), "--validation_file", str(folder / "data.jsonl")]
         + ["--max_length", "128", "--eval_max_length", "128", "--per_device_train_batch_size", "2", "--max_steps", "2"]
         + ["--report_to", "none", "--logging_steps", "1", "--use_cpu", "true", *more]
     )
-    return json.loads((folder / config.stem / "trainer_state.json").read_text())["log_history"]
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
 @pytest.mark.parametrize("name", ["longformer_crop_drop", "longformer_baseline"])
@@ -372,6 +375,18 @@ def test_a_run_trains_evaluates_and_writes_hotpotqas_predictions(folder, name):
     assert list(predictions["answer"]) == list(predictions["sp"]) == ["q0", "q1", "q2", "q3"]
     card = (folder / name / "README.md").read_text()
     assert "local files (train: data.jsonl, validation: data.jsonl)" in card and str(folder) not in card
+
+
+def test_a_run_that_is_resumed_in_an_epoch_ends_with_the_weights_of_an_unbroken_one(folder, tmp_path):
+    config = next(one for one in CONFIGS if one.stem == "longformer_crop_drop")
+    settings = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--do_eval", "false"]
+    log = run_main(folder, config, *settings, output=tmp_path)  # two steps an epoch, with shuffled paragraphs
+    unbroken = load_file(tmp_path / "model.safetensors")
+    half = shutil.move(tmp_path / "checkpoint-3", tmp_path / "half")
+    log_of_half = run_main(folder, config, *settings, "--resume_from_checkpoint", str(half), output=tmp_path / "2")
+    assert log_of_half[-1]["train_loss"] < 0.7 * log[-1]["train_loss"]  # three steps' sum, over six
+    resumed = load_file(tmp_path / "2" / "model.safetensors")
+    assert all(torch.equal(resumed[name], weight) for name, weight in unbroken.items())
 
 
 def test_unlabelled_questions_are_predicted_and_not_scored(folder):
