@@ -384,7 +384,7 @@ def test_a_run_that_is_resumed_in_an_epoch_ends_with_the_weights_of_an_unbroken_
     unbroken = load_file(tmp_path / "model.safetensors")
     half = shutil.move(tmp_path / "checkpoint-3", tmp_path / "half")
     log_of_half = run_main(folder, config, *settings, "--resume_from_checkpoint", str(half), output=tmp_path / "2")
-    assert log_of_half[-1]["train_loss"] < 0.7 * log[-1]["train_loss"]  # three steps' sum, over six
+    assert log_of_half[-1]["train_loss"] != log[-1]["train_loss"]  # the mean of the last three steps, and of all six
     resumed = load_file(tmp_path / "2" / "model.safetensors")
     assert all(torch.equal(resumed[name], weight) for name, weight in unbroken.items())
 
