@@ -163,7 +163,7 @@ def plot_curves(curve: pd.DataFrame, metric: str | None = None, loss_unit: str |
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, PercentFormatter
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install cmp-trainer[plot]") from error
+        raise ImportError("plots need matplotlib: pip install 'cmp-trainer[plot]'") from error
     metrics = [name for name in measures(curve) if name not in ("loss", "violations")]
     if metric is not None and metric not in metrics:
         raise ValueError(f"there is no metric {metric!r} in this curve; it has {', '.join(metrics) or 'none'}.")

@@ -97,7 +97,7 @@ def _check_options(options: argparse.Namespace) -> None:
     needed = {"sklearn": "scikit-learn", "scipy": "scipy", "torchmetrics": "torchmetrics", "matplotlib": "matplotlib"}
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
-        raise ValueError(f"curves need {', '.join(missing)}: pip install cmp-trainer[plot]")
+        raise ValueError(f"curves need {', '.join(missing)}: pip install 'cmp-trainer[plot]'")
 
 
 def _names(models: Sequence[str], given: Sequence[str] | None) -> Sequence[str]:

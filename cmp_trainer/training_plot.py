@@ -35,7 +35,7 @@ class TrainingPlot(TrainerCallback):
         self, file: str | Path | None = None, min_seconds: float = 30.0, loss_unit: str | None = "nats"
     ) -> None:
         if find_spec("matplotlib") is None:
-            raise ImportError("TrainingPlot needs matplotlib: pip install cmp-trainer[plot]")
+            raise ImportError("TrainingPlot needs matplotlib: pip install 'cmp-trainer[plot]'")
         self.file = file
         self.min_seconds = min_seconds
         self.loss_unit = loss_unit

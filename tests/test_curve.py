@@ -173,7 +173,7 @@ def test_a_library_that_is_not_installed_is_named_before_anything_is_measured(mo
     monkeypatch.setattr("cmp_trainer.curve.find_spec", lambda name: None if name == "sklearn" else True)
     with pytest.raises(SystemExit):
         curve(capsys, *models, "--data", data)
-    assert "curves need scikit-learn: pip install cmp-trainer[plot]" in capsys.readouterr().err
+    assert "curves need scikit-learn: pip install 'cmp-trainer[plot]'" in capsys.readouterr().err
 
 
 def test_the_metrics_that_a_task_names_are_those_it_computes(models, data, tmp_path, capsys):
