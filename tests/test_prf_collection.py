@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from collection import load_collection, read_qrels
@@ -95,6 +96,17 @@ def test_repeated_ids_are_refused(tmp_path):
 def test_a_name_that_is_nothing_says_what_names_there_are():
     with pytest.raises(ValueError, match=r"neither a folder .* nor a name of ir_datasets"):
         load_collection("no/such/collection")
+
+
+def test_a_collection_that_cannot_be_downloaded_is_refused_with_the_way_out(monkeypatch):
+    import ir_datasets
+
+    def offline():
+        raise ConnectionError("no route to the host")
+
+    monkeypatch.setattr(ir_datasets, "load", lambda name: SimpleNamespace(queries_iter=offline))
+    with pytest.raises(ValueError, match=r"could not be downloaded \(no route .*without network give a folder"):
+        load_collection("beir/scifact/test")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Collection:
 
 
 def load_collection(name: str) -> Collection:
-    """A collection from a folder or through ir_datasets. Raises ValueError where `name` is neither."""
+    """A collection from a folder or through ir_datasets. Raises ValueError where `name` is neither, or not reached."""
     folder, _, split = name.rpartition(":") if ":" in name else (name, "", "")
     if Path(folder).is_dir():
         return beir_collection(Path(folder), split)
@@ -99,10 +99,15 @@ def load_collection(name: str) -> Collection:
             "see https://ir-datasets.com for names"
         )
     source = ir_datasets.load(name)
-    queries = {query.query_id: query.default_text() for query in source.queries_iter()}
     qrels: Qrels = {}
-    for judgement in source.qrels_iter():
-        qrels.setdefault(judgement.query_id, {})[judgement.doc_id] = judgement.relevance
+    try:
+        queries = {query.query_id: query.default_text() for query in source.queries_iter()}
+        for judgement in source.qrels_iter():
+            qrels.setdefault(judgement.query_id, {})[judgement.doc_id] = judgement.relevance
+    except OSError as error:
+        raise ValueError(
+            f"collection {name!r} could not be downloaded ({error}); without network give a folder in BEIR form"
+        ) from error
     level = 2 if any(part in name for part in GRADED_FROM_2) else 1
     return checked_collection(name, downloaded_passages(ir_datasets.docs_parent_id(name)), queries, qrels, level)
 
