@@ -294,9 +294,10 @@ class CmpTrainerMixin(ReportsPushes):
             stacked, _ = self._compare(model, inputs, stacked=True)
         except CannotStack as error:
             return checks.check_stacking(single.values, None, choice, str(error))
-        except Exception:  # of the model, its outputs or the user's losses, which all did without stacking
+        except Exception as error:  # of the model, its outputs or the user's losses, which all did without stacking
             if choice == "stacked":
                 raise
+            logger.info("variants run one after the other, stacked the model cannot: %s", error)
             return False
         return checks.check_stacking(single.values, stacked.values, choice, rounds=rounds)
 
