@@ -22,7 +22,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForQuestionAnswering, LongformerConfig, LongformerForQuestionAnswering
 
-from cmp_trainer.cropping import CmpCrop, crop_batch
+from cmp_trainer.ablations.crop import CmpCrop, crop_batch
 
 BATCH, LENGTH, SEGMENTS = 8, 2048, 15
 

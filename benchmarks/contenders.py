@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
-from cmp_trainer.comparative_losses import comparative_loss
+from cmp_trainer.losses.comparative import comparative_loss
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], Tensor]

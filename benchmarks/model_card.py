@@ -18,8 +18,8 @@ from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
-from cmp_trainer.analysis import as_text, plot_curves
-from cmp_trainer.model_card import CURVE_IMAGE
+from cmp_trainer.reports.curves import as_text, plot_curves
+from cmp_trainer.reports.model_card import CURVE_IMAGE
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "examples" / "glue"))

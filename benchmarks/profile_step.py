@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
-from cmp_trainer.dropout import CmpDrop
-from cmp_trainer.random_state import RandomState
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.execution.random_state import RandomState
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
+from cmp_trainer.arguments import CmpSeq2SeqTrainingArguments, CmpTrainingArguments
 from cmp_trainer.trainer import CmpSeq2SeqTrainer, CmpTrainer, CmpTrainerMixin
-from cmp_trainer.training_args import CmpSeq2SeqTrainingArguments, CmpTrainingArguments
 
 __all__ = [
     "CmpSeq2SeqTrainer",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmp_trainer.dropout import DropoutSchedule
-from cmp_trainer.loss_log import LossLog
+from cmp_trainer.ablations.drop import DropoutSchedule
+from cmp_trainer.reports.loss_log import LossLog
 
 logger = logging.getLogger(__name__)
 

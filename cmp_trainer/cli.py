@@ -48,7 +48,7 @@ def _script(path: str) -> str:
 def _run(parsed: argparse.Namespace) -> None:
     from torch import distributed
 
-    from cmp_trainer.drop_in import run_script
+    from cmp_trainer.run import run_script
 
     run_script(parsed.script, parsed.arguments)
     if distributed.is_available() and distributed.is_initialized():

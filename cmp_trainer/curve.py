@@ -19,12 +19,12 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cmp_trainer.analysis import ablation_curve, as_text, measures, plot_curves
-from cmp_trainer.cropping import SEGMENTS
+from cmp_trainer.ablations.crop import SEGMENTS
+from cmp_trainer.arguments import CmpTrainingArguments
 from cmp_trainer.curve_data import TaskData, prepare, task_of
+from cmp_trainer.reports.curves import ablation_curve, as_text, measures, plot_curves
 from cmp_trainer.scripting import load_file, plain_errors, take_split
 from cmp_trainer.trainer import CmpTrainer
-from cmp_trainer.training_args import CmpTrainingArguments
 
 
 @plain_errors()

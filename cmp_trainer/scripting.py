@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
-from cmp_trainer.checkpoints import checkpoint_to_resume, is_whole
+from cmp_trainer.saving.checkpoints import checkpoint_to_resume, is_whole
 
 logger = logging.getLogger(__name__)
 

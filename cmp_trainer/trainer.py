@@ -20,20 +20,17 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cmp_trainer import checks
-from cmp_trainer.analysis import ablation_curve
-from cmp_trainer.checkpoints import being_written, checkpoint_to_resume
-from cmp_trainer.comparative_losses import comparative_loss, regularized_loss
-from cmp_trainer.cropping import SEGMENTS, CmpCrop
-from cmp_trainer.dropout import CmpDrop, DropoutSites, dropout_awake, unchanged_buffers
-from cmp_trainer.forwards import devices_of, run_variants, stacking_pays
-from cmp_trainer.gradient_checkpointing import RecomputeUnderCmpDrop
-from cmp_trainer.loss_log import LossLog
-from cmp_trainer.low_memory import loss_one_variant_at_a_time, select_rows
-from cmp_trainer.model_card import write_model_card
-from cmp_trainer.pushing import ReportsPushes
-from cmp_trainer.random_state import RandomState, same_start, untouched_randomness
-from cmp_trainer.stacked import CannotStack, refuse_batch_norm
-from cmp_trainer.task_losses import (
+from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
+from cmp_trainer.ablations.drop import CmpDrop, DropoutSites, dropout_awake, unchanged_buffers
+from cmp_trainer.ablations.plan import Variant, plan_variants
+from cmp_trainer.arguments import CmpTrainingArguments
+from cmp_trainer.execution.forwards import devices_of, run_variants, stacking_pays
+from cmp_trainer.execution.low_memory import loss_one_variant_at_a_time, select_rows
+from cmp_trainer.execution.random_state import RandomState, same_start, untouched_randomness
+from cmp_trainer.execution.recompute import RecomputeUnderCmpDrop
+from cmp_trainer.execution.stacked import CannotStack, refuse_batch_norm
+from cmp_trainer.losses.comparative import comparative_loss, regularized_loss
+from cmp_trainer.losses.task_losses import (
     LABEL_NAMES,
     PerExampleLoss,
     TaskLosses,
@@ -43,9 +40,12 @@ from cmp_trainer.task_losses import (
     user_losses,
     without_labels,
 )
-from cmp_trainer.training_args import CmpTrainingArguments
-from cmp_trainer.training_plot import show_variants_in_progress_bar
-from cmp_trainer.variants import Variant, plan_variants
+from cmp_trainer.reports.curves import ablation_curve
+from cmp_trainer.reports.loss_log import LossLog
+from cmp_trainer.reports.model_card import write_model_card
+from cmp_trainer.reports.training_plot import show_variants_in_progress_bar
+from cmp_trainer.saving.checkpoints import being_written, checkpoint_to_resume
+from cmp_trainer.saving.pushing import ReportsPushes
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ class CmpTrainerMixin(ReportsPushes):
     ) -> pd.DataFrame:
         """Loss, metrics and violations at 0, 1, … drops and crops, which the model card shows from then on.
 
-        Arguments, columns of the result and errors are those of `cmp_trainer.analysis.ablation_curve`.
+        Arguments, columns of the result and errors are those of `cmp_trainer.reports.curves.ablation_curve`.
         """
         self.ablations = ablation_curve(
             self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name

@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 
-from cmp_trainer.analysis import as_text, measures, plot_curves, summarize, violations
-from cmp_trainer.cropping import CmpCropCollator
+from cmp_trainer.ablations.crop import CmpCropCollator
+from cmp_trainer.reports.curves import as_text, measures, plot_curves, summarize, violations
 from tests.helpers import (
     SMALL,
     batch_of,

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 
 from cmp_trainer import CmpTrainer
-from cmp_trainer.dropout import CmpDrop, DropoutSchedule
+from cmp_trainer.ablations.drop import CmpDrop, DropoutSchedule
 from tests.helpers import training_arguments
 from tests.tiny_models import AVAILABLE, SWITCH, TINY_MODELS
 

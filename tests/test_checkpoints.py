@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import Trainer
 
-from cmp_trainer.checkpoints import checkpoint_to_resume, is_whole
+from cmp_trainer.saving.checkpoints import checkpoint_to_resume, is_whole
 from tests.helpers import cmp_trainer, same_weights
 
 SAVING = {"cmp_num_ablations": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}

@@ -13,7 +13,7 @@ import transformers
 from transformers import trainer as trainer_module
 
 from cmp_trainer import cli
-from cmp_trainer.drop_in import REPLACEMENTS, run_script
+from cmp_trainer.run import REPLACEMENTS, run_script
 from tests.helpers import free_port
 
 SCRIPT = Path(__file__).parent / "scripts" / "classify_text.py"

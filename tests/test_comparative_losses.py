@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from cmp_trainer.comparative_losses import comparative_loss, regularized_loss, violation_rate
+from cmp_trainer.losses.comparative import comparative_loss, regularized_loss, violation_rate
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
 BASELINES = ["zero", "first", "best", 0.7]

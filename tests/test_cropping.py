@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
-from cmp_trainer.crop_segments import crop_segments_from_sequence_ids, crop_segments_from_spans
-from cmp_trainer.cropping import CmpCrop, CmpCropCollator, check_croppable, crop_batch, nested_keeps
+from cmp_trainer.ablations.crop import CmpCrop, CmpCropCollator, check_croppable, crop_batch, nested_keeps
+from cmp_trainer.ablations.segments import crop_segments_from_sequence_ids, crop_segments_from_spans
 
 FIRST_ID = 100  # token t of an example has the id FIRST_ID + t, so a token can be told after it moved
 fast = settings(deadline=None, max_examples=60)

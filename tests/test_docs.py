@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from cmp_trainer import CmpTrainingArguments, cli
-from cmp_trainer.model_card import CITATIONS
+from cmp_trainer.reports.model_card import CITATIONS
 from cmp_trainer.scripting import ModelArguments, parse_arguments
 from tests.helpers import SMALL, letter_tokenizer
 from tests.hub_server import HubServer, take_for_the_hub
@@ -142,7 +142,7 @@ def test_the_readme_cites_as_model_cards_do():
 
 
 def test_messages_of_the_trouble_page_are_messages_of_the_code():
-    messages = " ".join(text for file in (ROOT / "cmp_trainer").glob("*.py") for text in texts(file))
+    messages = " ".join(text for file in (ROOT / "cmp_trainer").rglob("*.py") for text in texts(file))
     titles = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "faq.md").read_text(), flags=re.M)
     missing = [title for title in titles if not all(part.strip() in messages for part in title.split("…"))]
     assert len(titles) > 10

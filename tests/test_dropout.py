@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from cmp_trainer.dropout import CmpDrop, DropoutSchedule, DropoutSites, dropout_awake
-from cmp_trainer.random_state import RandomState, untouched_randomness
+from cmp_trainer.ablations.drop import CmpDrop, DropoutSchedule, DropoutSites, dropout_awake
+from cmp_trainer.execution.random_state import RandomState, untouched_randomness
 from tests.helpers import batch_of, tiny_bert, token_data
 
 ONES = torch.ones(4, 6, 50)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 
-from cmp_trainer.loss_log import LossLog
+from cmp_trainer.reports.loss_log import LossLog
 from tests.helpers import batch_of, cmp_trainer, tiny_bert, token_data
 from tests.scripts import train_and_die
 

@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from cmp_trainer import CmpTrainingArguments
-from cmp_trainer.cropping import CmpCrop, CmpCropCollator
+from cmp_trainer.ablations.crop import CmpCrop, CmpCropCollator
 from cmp_trainer.scripting import ModelArguments, parse_arguments
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
-from cmp_trainer.model_card import CURVE_IMAGE, model_card
+from cmp_trainer.reports.model_card import CURVE_IMAGE, model_card
 from tests.helpers import cmp_trainer, tiny_bert, training_arguments
 
 ABOUT = {

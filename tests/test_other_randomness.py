@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from cmp_trainer import CmpTrainer
-from cmp_trainer.dropout import CmpDrop
+from cmp_trainer.ablations.drop import CmpDrop
 from tests.helpers import training_arguments
 from tests.test_architectures import gradients
 from tests.tiny_models import AVAILABLE, CONFORMER, SEW_D, SWITCH

@@ -25,7 +25,7 @@ from reformulators import SparseReformulator
 from transformers import AutoModel, AutoTokenizer
 from trec_runs import write_run
 
-from cmp_trainer.cropping import CmpCrop
+from cmp_trainer.ablations.crop import CmpCrop
 
 EXAMPLE = Path(run_prf.__file__).parent
 

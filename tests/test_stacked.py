@@ -16,10 +16,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from cmp_trainer import stacked
-from cmp_trainer.dropout import CmpDrop
-from cmp_trainer.forwards import stacking_pays
-from cmp_trainer.stacked import CannotStack, StackedDrop
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.execution import stacked
+from cmp_trainer.execution.forwards import stacking_pays
+from cmp_trainer.execution.stacked import CannotStack, StackedDrop
 from tests.helpers import SMALL, batch_of, cmp_trainer, gradients, tiny_bert, token_data
 
 ROWS = torch.ones(3, 5, 40)

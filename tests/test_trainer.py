@@ -12,8 +12,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from cmp_trainer import CmpTrainer
-from cmp_trainer.comparative_losses import comparative_loss, regularized_loss
-from cmp_trainer.task_losses import TaskLosses
+from cmp_trainer.losses.comparative import comparative_loss, regularized_loss
+from cmp_trainer.losses.task_losses import TaskLosses
 from tests.helpers import batch_of, cmp_trainer, gradients, same_weights, tiny_bert, token_data, training_arguments
 
 

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cmp_trainer.training_plot import TrainingPlot, VariantsInProgressBar, plot_training
+from cmp_trainer.reports.training_plot import TrainingPlot, VariantsInProgressBar, plot_training
 from tests.helpers import cmp_trainer, tiny_bert, token_data
 
 VARIANTS = ["loss_full", "loss_ablated_1", "loss_ablated_2"]
@@ -60,7 +60,9 @@ def test_the_picture_is_there_while_the_run_goes_on_and_holds_all_of_it_at_the_e
 
 def test_losses_of_a_regression_are_not_counted_in_nats(tmp_path, monkeypatch):
     units = []
-    monkeypatch.setattr("cmp_trainer.training_plot.plot_training", lambda log, unit: units.append(unit) or Figure())
+    monkeypatch.setattr(
+        "cmp_trainer.reports.training_plot.plot_training", lambda log, unit: units.append(unit) or Figure()
+    )
     data = token_data()
     scores = data.remove_columns("labels").add_column("labels", [float(label) for label in data["labels"]])
     for model, rows in ((tiny_bert(num_labels=1), scores), (tiny_bert(), data)):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmp_trainer.variants import plan_variants, variant_names
+from cmp_trainer.ablations.plan import plan_variants, variant_names
 
 
 @pytest.mark.parametrize(

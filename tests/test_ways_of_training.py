@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from cmp_trainer import CmpTrainer, CmpTrainerMixin
-from cmp_trainer.comparative_losses import comparative_loss
-from cmp_trainer.dropout import CmpDrop
-from cmp_trainer.task_losses import shifts_labels
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.losses.comparative import comparative_loss
+from cmp_trainer.losses.task_losses import shifts_labels
 from tests.helpers import batch_of, cmp_trainer, free_port, gradients, same_weights, tiny_bert, token_data
 from tests.scripts import train_distributed as distributed
 

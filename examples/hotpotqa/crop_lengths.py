@@ -15,7 +15,7 @@ from run_hotpotqa import HotpotArguments, encode
 from tqdm.auto import tqdm
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from cmp_trainer.cropping import CmpCrop, CmpCropCollator
+from cmp_trainer.ablations.crop import CmpCrop, CmpCropCollator
 from cmp_trainer.scripting import (
     ModelArguments,
     load_pretrained,

@@ -27,7 +27,7 @@ from sklearn.model_selection import KFold
 from trec_runs import Run
 
 from cmp_trainer import CmpTrainingArguments
-from cmp_trainer.checkpoints import is_whole
+from cmp_trainer.saving.checkpoints import is_whole
 from cmp_trainer.scripting import parse_arguments, plain_errors, run, set_up
 
 logger = logging.getLogger(__name__)

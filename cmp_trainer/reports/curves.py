@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
 
+from cmp_trainer.ablations.crop import SEGMENTS
+from cmp_trainer.ablations.drop import CmpDrop, DropoutSchedule, DropoutSites, dropout_awake
+from cmp_trainer.ablations.plan import Variant
 from cmp_trainer.checks import check_dropout_sites
-from cmp_trainer.cropping import SEGMENTS
-from cmp_trainer.dropout import CmpDrop, DropoutSchedule, DropoutSites, dropout_awake
-from cmp_trainer.random_state import RandomState, untouched_randomness
-from cmp_trainer.variants import Variant
+from cmp_trainer.execution.random_state import RandomState, untouched_randomness
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmp_trainer.comparative_losses import violation_rate
-from cmp_trainer.variants import variant_names
+from cmp_trainer.ablations.plan import variant_names
+from cmp_trainer.losses.comparative import violation_rate
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmp_trainer.task_losses import TaskLosses
-from cmp_trainer.variants import Variant
+from cmp_trainer.ablations.plan import Variant
+from cmp_trainer.losses.task_losses import TaskLosses
 
 Run = Callable[[Variant, Tensor | None], TaskLosses]
 

@@ -3,7 +3,7 @@
 0 marks the tokens of an example that must stay; 1, 2, … its removable segments, in their order. The column is made
 when the texts are tokenized, from the character spans of what may go (`crop_segments_from_spans`), or where each
 token's sequence is known anyway, from that (`crop_segments_from_sequence_ids`). Batches are then padded by
-`cmp_trainer.cropping.CmpCropCollator`.
+`cmp_trainer.ablations.crop.CmpCropCollator`.
 """
 
 from __future__ import annotations

@@ -216,8 +216,8 @@ def check_croppable(inputs: Mapping[str, Any], per_example: Collection[str] = ()
     if not isinstance(segments, Tensor):
         raise ValueError(
             "Crops are asked for (--cmp_num_crops), but the batch carries no `crop_segments` tensor; it has "
-            f"{sorted(inputs)}. Add the column to the data set (cmp_trainer.crop_segments helps) "
-            "and let the data collator keep it: cmp_trainer.cropping.CmpCropCollator pads it for any tokenizer."
+            f"{sorted(inputs)}. Add the column to the data set (cmp_trainer.ablations.segments helps) "
+            "and let the data collator keep it: cmp_trainer.ablations.crop.CmpCropCollator pads it for any tokenizer."
         )
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -229,7 +229,7 @@ def check_croppable(inputs: Mapping[str, Any], per_example: Collection[str] = ()
     if segments.shape != mask.shape:
         raise ValueError(
             f"crop_segments has the shape {tuple(segments.shape)}, but the batch is {tuple(mask.shape)} by its "
-            "attention_mask: one number is needed for each token. cmp_trainer.cropping.CmpCropCollator pads it."
+            "attention_mask: one number is needed for each token. cmp_trainer.ablations.crop.CmpCropCollator pads it."
         )
     if segments.is_floating_point() or segments.dtype == torch.bool:
         raise ValueError(

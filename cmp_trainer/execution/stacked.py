@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmp_trainer.dropout import RECURRENT, CmpDrop, DropoutSchedule, own_rate, with_rate
-from cmp_trainer.random_state import generator_state, set_generator_state
-from cmp_trainer.task_losses import TaskLosses
+from cmp_trainer.ablations.drop import RECURRENT, CmpDrop, DropoutSchedule, own_rate, with_rate
+from cmp_trainer.execution.random_state import generator_state, set_generator_state
+from cmp_trainer.losses.task_losses import TaskLosses
 
 _NOT_ROW_BY_ROW = (F.multi_head_attention_forward, torch.native_dropout, *RECURRENT)
 

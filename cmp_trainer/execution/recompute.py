@@ -16,7 +16,7 @@ from typing import Any
 from torch.overrides import _get_current_function_mode_stack
 from transformers import TrainerCallback
 
-from cmp_trainer.dropout import CmpDrop
+from cmp_trainer.ablations.drop import CmpDrop
 
 logger = logging.getLogger(__name__)
 

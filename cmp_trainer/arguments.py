@@ -11,9 +11,9 @@ from typing import Any, Literal, cast, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from cmp_trainer.comparative_losses import Baseline, NamedBaseline, Primary, Ranking
-from cmp_trainer.cropping import CropOrder
-from cmp_trainer.dropout import DropoutSchedule, Growth
+from cmp_trainer.ablations.crop import CropOrder
+from cmp_trainer.ablations.drop import DropoutSchedule, Growth
+from cmp_trainer.losses.comparative import Baseline, NamedBaseline, Primary, Ranking
 
 Objective = Literal["comparative", "regularized"]
 ForwardChoice = Literal["auto", "sequential", "stacked"]

@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary
 from transformers.pipelines import SUPPORTED_TASKS
 
-from cmp_trainer.analysis import measures, plot_curves, summarize
+from cmp_trainer.reports.curves import measures, plot_curves, summarize
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmp_trainer.dropout import CmpDrop, DropoutSchedule
-from cmp_trainer.random_state import same_start
-from cmp_trainer.stacked import StackedDrop, first_group, stack, unstack
-from cmp_trainer.task_losses import TaskLosses
-from cmp_trainer.variants import Variant
+from cmp_trainer.ablations.drop import CmpDrop, DropoutSchedule
+from cmp_trainer.ablations.plan import Variant
+from cmp_trainer.execution.random_state import same_start
+from cmp_trainer.execution.stacked import StackedDrop, first_group, stack, unstack
+from cmp_trainer.losses.task_losses import TaskLosses
 
 Forward = Callable[[Mapping[str, Any], AbstractContextManager], tuple[TaskLosses, Any]]
 

@@ -1,0 +1,59 @@
+"""What a kind of ablation is: something that can be taken away from a forward, more and more.
+
+An ablation has levels: 0 takes nothing away, 1, 2, … take away more and more, each what the one before it took and
+something else. A variant of the model is a level of every kind that is in use, such as one crop and two drops. A kind
+says what it does to the batch at a level (`batches`), to the forward (`context`), or to calls of PyTorch functions
+(`calls`); what it does not say stays as it is. Nothing here knows a Trainer.
+
+    class WithoutHeads(Ablation):
+        name = "heads"
+
+        @contextmanager
+        def context(self, level):
+            ...  # e.g. hooks that set the output of some heads to zero
+            yield
+            ...  # take them back
+
+Random draws: every forward of a step, the full one included, starts from one random state, and `batches` and
+`context` are called in it. A kind that draws the same numbers at every level and uses more of them at higher levels is
+nested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+Handler = Callable[[Callable, tuple, dict[str, Any]], Any]
+"""`(function, args, kwargs) -> result`, in place of a call of a PyTorch function."""
+
+
+class Ablation:
+    """Base of all kinds of ablation; by itself it takes nothing away.
+
+    Attributes:
+        name: what variants of this kind are called in logs and curves: `loss_heads_1`, `loss_heads_2`, … Variants of
+            CmpDrop and CmpCrop are numbered through: `loss_ablated_1`, `loss_ablated_2`, …
+    """
+
+    name: str = "ablated"
+
+    def for_model(self, model: nn.Module, processing_class: Any = None, data_collator: Any = None) -> Ablation:
+        """This ablation with what it needs to know of the model, its tokenizer and the data collator."""
+        return self
+
+    def batches(self, batch: Any, num_levels: int) -> list[Any]:
+        """The batch at levels 0, 1, …, `num_levels`; level 0 is the full batch. Must not change `batch` itself."""
+        return [batch] * (1 + num_levels)
+
+    def context(self, level: int) -> AbstractContextManager:
+        """Context in which a forward at this level runs; entered again, from the same random state, where a part of
+        the forward is recomputed in backward (gradient checkpointing)."""
+        return nullcontext()
+
+    def calls(self, level: int) -> Mapping[Callable, Handler]:
+        """PyTorch functions whose calls inside of a forward at this level are made by a handler instead."""
+        return {}

@@ -1,0 +1,1 @@
+"""How the forwards of one step are run."""

@@ -1,0 +1,1 @@
+"""What is compared and how: task losses and the objectives over them."""

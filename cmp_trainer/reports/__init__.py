@@ -1,0 +1,1 @@
+"""What people look at: logs, curves, plots, the model card."""

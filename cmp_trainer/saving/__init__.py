@@ -1,0 +1,1 @@
+"""Checkpoints and pushes that lose nothing."""
