@@ -5,11 +5,12 @@ and what to do.
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, cast, get_args
 
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from cmp_trainer.ablations.crop import CropOrder
 from cmp_trainer.ablations.drop import DropoutSchedule, Growth
@@ -159,6 +160,17 @@ class CmpTrainingArguments(TrainingArguments):
         named = self.cmp_baseline in get_args(NamedBaseline)
         return cast(NamedBaseline, self.cmp_baseline) if named else float(self.cmp_baseline)
 
+    @property
+    def n_gpu(self) -> int:
+        """As in TrainingArguments; raises when a Trainer that does not compare reads it to train with ablations.
+
+        Every Trainer reads it before its first step, from a method. The arguments are not told whose they are, so the
+        caller's `self` is what tells a plain Trainer from a CmpTrainer.
+        """
+        if self.cmp_num_ablations:
+            _reject_plain_trainer(self.cmp_num_ablations, sys._getframe(1).f_locals.get("self"))
+        return super().n_gpu
+
 
 @dataclass
 class CmpSeq2SeqTrainingArguments(CmpTrainingArguments, Seq2SeqTrainingArguments):
@@ -253,6 +265,18 @@ def _check_objective(args: CmpTrainingArguments) -> None:
     for name, default in _REGULARIZED_ONLY.items():
         fix = "means nothing to the comparative objective; add --cmp_objective regularized or drop it"
         _require(getattr(args, name) == default, name, getattr(args, name), fix)
+
+
+def _reject_plain_trainer(num_ablations: int, reader: Any) -> None:
+    """A Trainer that compares counts its comparisons in `num_comparisons`."""
+    trains = isinstance(reader, Trainer) and getattr(reader, "is_in_train", False)
+    if not trains or hasattr(reader, "num_comparisons") or hasattr(reader, "num_ablations"):
+        return
+    plain = "Seq2SeqTrainer" if isinstance(reader, Seq2SeqTrainer) else "Trainer"
+    raise ValueError(
+        f"--cmp_num_ablations {num_ablations} asks for comparative loss, but {type(reader).__name__} trains without "
+        f"it; use Cmp{plain} in place of {plain}, also as the base of your own class, or set --cmp_num_ablations 0."
+    )
 
 
 def _require(holds: bool, name: str, value: Any, fix: str) -> None:
