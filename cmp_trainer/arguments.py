@@ -12,9 +12,11 @@ from typing import Any, Literal, cast, get_args
 
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from cmp_trainer.ablations.crop import CropOrder
-from cmp_trainer.ablations.drop import DropoutSchedule, Growth
-from cmp_trainer.losses.comparative import Baseline, NamedBaseline, Primary, Ranking
+from cmp_trainer.ablations.crop import CmpCrop, CropOrder
+from cmp_trainer.ablations.drop import CmpDrop, Growth
+from cmp_trainer.ablations.plan import plan
+from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.losses.comparative import ComparativeLoss, NamedBaseline, Primary, Ranking, RegularizedLoss
 
 Objective = Literal["comparative", "regularized"]
 ForwardChoice = Literal["auto", "sequential", "stacked"]
@@ -149,16 +151,23 @@ class CmpTrainingArguments(TrainingArguments):
         _check_objective(self)
 
     @property
-    def cmp_schedule(self) -> DropoutSchedule:
-        """The dropout arguments as the schedule that CmpDrop follows."""
+    def cmp_ablations(self) -> list[Ablation]:
+        """The ablations that the arguments ask for, from least to most ablated."""
         rates = tuple(self.cmp_dropout_rates) if self.cmp_dropout_rates else None
-        return DropoutSchedule(self.cmp_dropout_schedule, self.cmp_dropout, rates)
+        drop = CmpDrop(self.cmp_dropout_schedule, self.cmp_dropout, rates)
+        return plan(self.cmp_num_ablations, self.cmp_num_crops, drop, CmpCrop(order=self.cmp_crop_order))
 
     @property
-    def cmp_baseline_value(self) -> Baseline:
-        """The baseline argument as a name or a number."""
+    def cmp_objective_function(self) -> ComparativeLoss | RegularizedLoss:
+        """The objective that the arguments ask for."""
+        ranking, temperature, margin = self.cmp_ranking, self.cmp_temperature, self.cmp_margin
+        if self.cmp_objective == "regularized":
+            return RegularizedLoss(
+                self.cmp_primary, self.cmp_weight, self.cmp_loss_threshold, ranking, temperature, margin
+            )
         named = self.cmp_baseline in get_args(NamedBaseline)
-        return cast(NamedBaseline, self.cmp_baseline) if named else float(self.cmp_baseline)
+        baseline = cast(NamedBaseline, self.cmp_baseline) if named else float(self.cmp_baseline)
+        return ComparativeLoss(baseline, ranking, temperature, margin)
 
     @property
     def n_gpu(self) -> int:

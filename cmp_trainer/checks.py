@@ -1,189 +1,530 @@
-"""What is checked once: the setting when a trainer is made, and the model on its first batch.
+"""Every check: of the setting, of the first batch, and that a comparison took place.
 
-A comparison can fail without a trace: variants that are all alike because nothing is dropped, per-example losses that
-forget a class weight the model has, a full model that is random. Each of these is an error or a warning here, before
-time is spent.
+A comparison can fail without a trace: variants that are all alike because nothing is dropped, dropout that is run
+again in backward at another rate, a full model that is random. Each of these is an error or a warning here, before
+time is spent. Each reason to reject a setting is a small function of its own, `(what is checked) -> message | None`;
+all messages that apply are raised together.
 """
+
+from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.variable import Variable
 
-from cmp_trainer.ablations.drop import DropoutSchedule
-from cmp_trainer.reports.loss_log import LossLog
+from cmp_trainer.ablations.crop import CmpCrop
+from cmp_trainer.ablations.drop import CmpDrop, in_train_mode, intercepted_dropout
+from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.execution.forwards import Forwards, own_containers, versions
+from cmp_trainer.execution.intercept import Intercept
+from cmp_trainer.execution.stacked import CannotStack
+from cmp_trainer.execution.stacking import Stacking, prefer_stacked
+from cmp_trainer.losses.shares import CannotCompare, Shares, read_shares
 
 logger = logging.getLogger(__name__)
 
 _REACHABLE_ATTENTION = (None, "eager", "sdpa")
 
 
-def check_setting(trainer: Any) -> None:
-    """Refuse what cannot be compared, by name.
+def raise_together(problems: Sequence[str | None]) -> None:
+    """Raise a ValueError with all messages that are not None."""
+    found = [problem for problem in problems if problem]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+# --- when a trainer or a step is made ---
+
+
+def check_trainer(trainer: Any) -> None:
+    """Reject a Trainer's setting in which nothing can be compared.
 
     Raises:
-        ValueError: DataParallel, a batch-level loss function, fused losses, sharded sequences, a compiler that runs
-            dropout calls twice, or attention kernels that take their dropout rate where CmpDrop does not reach.
+        ValueError: all reasons together.
     """
-    args = trainer.args
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process means nn.DataParallel, whose threads CmpDrop does not reach. Start the "
-            f"script with `torchrun --nproc_per_node {args.n_gpu} …` or `accelerate launch …`."
+    raise_together([reason(trainer) for reason in TRAINER_CHECKS])
+
+
+def _data_parallel(trainer: Any) -> str | None:
+    if trainer.args.n_gpu > 1:
+        return (
+            f"{trainer.args.n_gpu} GPUs in one process means nn.DataParallel, whose threads CmpDrop does not reach. "
+            f"Start the script with `torchrun --nproc_per_node {trainer.args.n_gpu} …` or `accelerate launch …`."
         )
-    if trainer.compute_loss_func is not None:
-        raise ValueError(
-            "compute_loss_func returns one loss for the batch, which cannot be compared per example. Pass "
-            "per_example_loss_func(outputs, inputs) -> (batch,) to the trainer instead."
+
+
+def _two_loss_functions(trainer: Any) -> str | None:
+    if trainer.compute_loss_func is not None and trainer.per_example_loss_func is not None:
+        return "compute_loss_func and per_example_loss_func both define the loss; pass one of them."
+
+
+def _fused_loss(trainer: Any) -> str | None:
+    if trainer.args.use_liger_kernel and trainer.per_example_loss_func is None:
+        return (
+            "use_liger_kernel fuses the loss into the model, which hides the losses of the examples. Set it to False."
         )
-    if args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel fuses the loss into the model, which then returns no logits; comparative loss needs the "
-            "loss of each example. Leave it out."
+
+
+def _compiler_that_replays_calls(trainer: Any) -> str | None:
+    if trainer.accelerator.state.dynamo_plugin.backend.value.lower() == "eager":
+        return (
+            "torch_compile_backend eager runs the captured dropout calls under CmpDrop a second time, which would "
+            "raise their rates twice. Use aot_eager or inductor."
         )
-    backend = trainer.accelerator.state.dynamo_plugin.backend.value.lower()
-    if backend == "eager":
-        raise ValueError(
-            "torch_compile_backend eager runs the captured calls once more under CmpDrop, which would raise their "
-            "dropout rates twice. Use aot_eager or inductor."
+
+
+def _compiled_checkpointing(trainer: Any) -> str | None:
+    if trainer.args.torch_compile and trainer.args.gradient_checkpointing:
+        return (
+            "torch_compile and gradient_checkpointing together recompute activations inside of the compiled graph, "
+            "where the ablation of a forward cannot be entered again. Use one of them."
         )
-    if getattr(args, "cmp_low_memory", False) and trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "--cmp_low_memory makes several backwards a step, which DeepSpeed does not allow; leave it out."
-        )
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if getattr(args, "cmp_low_memory", False) and (optimizer in ("lomo", "adalomo") or "layerwise" in optimizer):
-        raise ValueError(
+
+
+def _low_memory_backwards(trainer: Any) -> str | None:
+    if not getattr(trainer.args, "cmp_low_memory", False):
+        return None
+    if trainer.is_deepspeed_enabled:
+        return "--cmp_low_memory makes several backwards a step, which DeepSpeed does not allow; leave it out."
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
+        return (
             f"--cmp_low_memory makes several backwards a step, and --optim {optimizer} changes the weights in each of "
             "them. Leave one of the two out."
         )
+    if getattr(trainer.args, "ddp_static_graph", False):
+        return (
+            "--cmp_low_memory makes several forwards and backwards a step, which --ddp_static_graph rules out. Leave "
+            "one of the two out."
+        )
+
+
+def _parallelism(trainer: Any) -> str | None:
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
-        raise ValueError(
-            "context or sequence parallelism splits examples over processes; comparative loss needs them whole."
-        )
+        return "context or sequence parallelism splits examples over processes; comparative loss needs them whole."
     if trainer.get_tp_size() > 1:
-        raise ValueError(
+        return (
             f"tensor parallelism over {trainer.get_tp_size()} processes is not supported: the loss would be scaled as "
             "if each of them had a batch of its own. Use FSDP or DistributedDataParallel."
         )
-    _check_attention(trainer.model)
 
 
-def check_compared(trainer: Any, seen: LossLog) -> None:
-    """After a training step some task losses have been compared.
+def _attention_of_trainer(trainer: Any) -> str | None:
+    return _attention(trainer.model)
+
+
+TRAINER_CHECKS: tuple[Callable[[Any], str | None], ...] = (
+    _data_parallel,
+    _two_loss_functions,
+    _fused_loss,
+    _compiler_that_replays_calls,
+    _compiled_checkpointing,
+    _low_memory_backwards,
+    _parallelism,
+    _attention_of_trainer,
+)
+
+
+def check_ablations(ablations: Sequence[Any]) -> None:
+    """The ablations of a step are objects of the protocol.
 
     Raises:
-        ValueError: a subclass computes its loss without the comparison.
+        ValueError: none were given, or something else than ablations.
     """
-    if trainer.num_ablations and not seen:
-        raise ValueError(
-            f"{type(trainer).__name__}.compute_loss returned a loss without a comparison, though "
-            f"--cmp_num_ablations is {trainer.num_ablations}. Let it call super().compute_loss(…), or give the "
-            "trainer its loss as per_example_loss_func(outputs, inputs) -> (batch,) and leave compute_loss out."
-        )
-
-
-def _check_attention(model: nn.Module) -> None:
-    for module in model.modules():
-        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if implementation not in _REACHABLE_ATTENTION:
+    if not ablations:
+        raise ValueError("no ablations were given, so there is nothing to compare; pass [CmpDrop()], for instance.")
+    for ablation in ablations:
+        if isinstance(ablation, type):
+            raise ValueError(f"{ablation.__name__} is a class; pass an object of it, {ablation.__name__}().")
+        if not isinstance(ablation, Ablation):
             raise ValueError(
-                f"{type(module).__name__} uses attn_implementation={implementation!r}, whose kernel takes its dropout "
-                'rate where CmpDrop does not reach. Load the model with attn_implementation="sdpa" or "eager".'
+                f"{ablation!r} is not an ablation; expected CmpDrop, CmpCrop or a subclass of "
+                "cmp_trainer.ablations.Ablation."
             )
 
 
-def check_dropout_sites(sites: list[tuple[str, float]], schedule: DropoutSchedule, model: nn.Module) -> None:
-    """Some dropout call of the forward has to have a positive rate, or every variant is the full model.
-
-    Args:
-        sites: the dropout calls of one forward, (function name, own rate).
-        schedule: how rates grow.
-        model: its configuration's dropout settings are shown in the message.
+def check_step(step: Any) -> None:
+    """Reject a step's setting in which nothing can be compared.
 
     Raises:
-        ValueError: says which sites there are and how to give them a rate.
+        ValueError: all reasons together.
     """
-    if any(schedule.rate(own_rate, drops=1) > 0 for _, own_rate in sites):
-        return
+    raise_together([reason(step) for reason in STEP_CHECKS])
+
+
+def _replicas(step: Any) -> str | None:
+    if isinstance(step.model, nn.DataParallel):
+        return (
+            "nn.DataParallel runs forwards in threads that CmpDrop does not reach. Use DistributedDataParallel, one "
+            "process for each GPU."
+        )
+
+
+def _forward_choice(step: Any) -> str | None:
+    if step.forward not in ("auto", "sequential", "stacked"):
+        return f"forward {step.forward!r} is unknown; expected auto, sequential or stacked."
+    if step.forward == "stacked" and step.low_memory:
+        return "forward 'stacked' holds all variants at once, which is what low_memory avoids; use one of the two."
+
+
+def _objective(step: Any) -> str | None:
+    if isinstance(step.objective, type) or not callable(step.objective):
+        name = getattr(step.objective, "__name__", repr(step.objective))
+        return f"the objective {name} is not a function of losses; pass an object such as ComparativeLoss()."
+
+
+def _rates(step: Any) -> str | None:
+    for number, kind in enumerate(step.kinds):
+        most = step.variants[-1].levels[number]
+        if isinstance(kind, CmpDrop) and kind.rates is not None and len(kind.rates) < most:
+            return f"CmpDrop has the {len(kind.rates)} rates {kind.rates} for {most} drops; give one for each drop."
+
+
+def _attention(where: Any) -> str | None:
+    model = where if isinstance(where, nn.Module) else where.model
+    for module in model.modules():
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation not in _REACHABLE_ATTENTION:
+            return (
+                f"{type(module).__name__} uses attn_implementation={implementation!r}, whose kernel applies dropout "
+                'where CmpDrop cannot intercept it. Load the model with attn_implementation="sdpa" or "eager".'
+            )
+
+
+STEP_CHECKS: tuple[Callable[[Any], str | None], ...] = (_replicas, _forward_choice, _objective, _rates, _attention)
+
+
+# --- on the first batch ---
+
+
+def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> bool:
+    """Plan the shares and run all checks of a first batch; False when it has no label to check with.
+
+    Raises:
+        ValueError: all reasons for which this model or loss cannot be compared.
+    """
+    full = batches[step.variants[0].levels]
+    with unchanged_buffers(forwards.model):
+        forward, shares = step._full(forwards, full)
+        if shares is None:
+            return False
+        check_finite(forward.loss)
+        problems = [_nothing_dropped(step, forwards, full), _nothing_ablated(step, forwards, batches)]
+        problems += [_dropped_in_backward(step, forwards, batches)]
+        raise_together(problems)
+        _warn_of_differences(step, forwards, full, shares)
+        if step.low_memory:
+            raise_together([_differs_without_graph(step, forwards, full, shares)])
+        step._stacking = _stacking(step, forwards, batches)
+    return True
+
+
+def _nothing_dropped(step: Any, forwards: Forwards, full: Any) -> str | None:
+    """Some dropout call of the forward has to have a positive rate and be in train mode."""
+    numbers = [number for number, kind in enumerate(step.kinds) if isinstance(kind, CmpDrop)]
+    if not numbers:
+        return None
+    sites: list[tuple[str, float, bool]] = []
+    noted = _NotedRates(step.kinds[numbers[0]], sites)
+    kinds = [noted if number == numbers[0] else kind for number, kind in enumerate(step.kinds)]
+    with torch.no_grad():
+        forwards.run(full, step.variants[0].levels, only=set(), kinds=kinds)
+    drop = step.kinds[numbers[0]]
+    if any(training and drop.rate(rate, 1) > 0 for _, rate, training in sites):
+        return None
+    problem = _why_nothing_drops(sites, drop, step.model)
+    if step.settings_may_change and sites:
+        logger.warning("%s Nothing will differ between the variants until a callback changes that.", problem)
+        return None
+    return problem
+
+
+def _why_nothing_drops(sites: Sequence[tuple[str, float, bool]], drop: CmpDrop, model: nn.Module) -> str:
     settings = {name: value for name, value in _settings(model).items() if "drop" in name and "layer" not in name}
     settings_text = ", ".join(f"{name}={value}" for name, value in settings.items()) or "none"
-    if sites:
-        calls = ", ".join(f"{count} x {name}" for name, count in Counter(name for name, _ in sites).items())
-        raise ValueError(
-            f"the model makes {len(sites)} dropout calls ({calls}), all at rate 0, so its ablated variants would "
-            "equal the full model. Pass --cmp_dropout 0.1 (or --cmp_dropout_rates) to give them a rate. Dropout "
-            f"settings of its configuration: {settings_text}."
+    if not sites:
+        return (
+            "the model makes no dropout call, so there is nothing that CmpDrop could ablate, whatever the rate. Sites "
+            f"can come from its configuration (dropout settings: {settings_text}), from LoRA's lora_dropout, or from "
+            "an nn.Dropout of yours; or ablate input context instead, with --cmp_num_crops."
         )
-    raise ValueError(
-        "the model makes no dropout call, so there is nothing that CmpDrop could ablate, whatever the rate. Sites can "
-        f"come from its configuration (dropout settings: {settings_text}), from LoRA's lora_dropout, or from an "
-        "nn.Dropout of yours; or ablate input context instead, with --cmp_num_crops."
+    calls = ", ".join(f"{count} x {name}" for name, count in Counter(name for name, _, _ in sites).items())
+    asleep = [rate for _, rate, training in sites if not training and drop.rate(rate, 1) > 0]
+    if asleep:
+        return (
+            f"the model makes {len(sites)} dropout calls ({calls}), but those with a positive rate are in eval mode "
+            f"({len(asleep)} of them), so its ablated variants would equal the full model. Call model.train(), and "
+            "leave frozen parts in train mode."
+        )
+    return (
+        f"the model makes {len(sites)} dropout calls ({calls}), all at rate 0, so its ablated variants would equal "
+        "the full model. Pass --cmp_dropout 0.1 (or --cmp_dropout_rates) to give them a rate. Dropout settings of its "
+        f"configuration: {settings_text}."
     )
 
 
-def check_own_loss(own_loss: Tensor, mean: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    """The per-example losses have to be the parts of the loss that the Trainer would train with.
+def _nothing_ablated(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
+    """Ablations of the user's own change the losses of some example at every level."""
+    own = [number for number, kind in enumerate(step.kinds) if not isinstance(kind, (CmpDrop, CmpCrop))]
+    if not own:
+        return None
+    losses = step.losses(batches[step.variants[0].levels], forwards.loss_fn)
+    if losses is None:
+        return None
+    for number, (before, variant) in enumerate(zip(step.variants, step.variants[1:], strict=False)):
+        kind = next(kind for kind in range(len(step.kinds)) if variant.levels[kind] > before.levels[kind])
+        if kind in own and torch.equal(losses.values[..., number], losses.values[..., number + 1]):
+            return (
+                f"the variants {before.name} and {variant.name} have the same losses: "
+                f"{type(step.kinds[kind]).__name__} takes nothing away at level {variant.levels[kind]}."
+            )
 
-    Args:
-        own_loss: the model's loss of a batch.
-        mean: that of the per-example losses of the same outputs.
-        dtype: of the model, whose arithmetic the two may differ by. In float32 a difference is that of two orders of
-            summation: router losses of mixtures of experts, a thousandth of the loss, have to be seen.
 
-    Raises:
-        ValueError: shows both numbers.
-    """
-    is_half = torch.finfo(own_loss.dtype).bits == 16 or torch.finfo(dtype).bits == 16
-    own, ours = own_loss.double().item(), mean.double().item()
-    if not abs(own - ours) <= (2e-2 * max(abs(own), 1e-2) if is_half else 3e-5 * max(abs(own), 1)):
-        raise ValueError(
-            f"the model's own loss on the first batch is {own:.6g}, the mean of the per-example task losses is "
-            f"{ours:.6g}. The model adds something that they do not know (an auxiliary loss, class weights, another "
-            "reduction), and it would be lost. Pass the trainer a per_example_loss_func(outputs, inputs) -> (batch,) "
-            "that computes the loss of each example."
+def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
+    """No dropout call is made in backward outside of the ablation of its forward."""
+    if not any(isinstance(kind, CmpDrop) for kind in step.kinds):
+        return None
+    last = step.variants[-1]
+    forward = forwards.run(batches[last.levels], last.levels)
+    ablated, dropped = forwards.last, []
+
+    def note(site: Any, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if not ablated.is_entered and in_train_mode(func, args, kwargs) and site.own_rate(args, kwargs) > 0:
+            dropped.append(func.__name__)
+        return func(*args, **kwargs)
+
+    parameters = [parameter for parameter in forwards.model.parameters() if parameter.requires_grad]
+    if not forward.loss.requires_grad or not parameters:
+        return None
+    try:
+        with Intercept(intercepted_dropout(note)):
+            # torch.autograd.grad would leave the mode first; the engine takes it along to every node.
+            Variable._execution_engine.run_backward(
+                (forward.loss,), (torch.ones_like(forward.loss),), False, False, tuple(parameters), True, False
+            )
+    except RuntimeError:
+        return None  # reentrant checkpointing allows no grad(); its recomputation is inside of the ablation
+    if dropped:
+        return (
+            f"the backward of the model runs {len(dropped)} dropout calls ({dropped[0]}) again by itself, outside of "
+            "torch.utils.checkpoint, where CmpDrop cannot give them the rates of their forward (reversible layers do "
+            "this). Set their dropout to 0 or use another implementation of the model."
         )
 
 
-def check_repeatable(first: Tensor, second: Tensor) -> None:
-    """Warn if two forwards of the full model differ: it then has randomness that is not dropout."""
-    if not torch.allclose(first, second, rtol=1e-5, atol=1e-6):
+def _warn_of_differences(step: Any, forwards: Forwards, full: Any, shares: Shares) -> None:
+    """Warn where two forwards of the full model differ, or where it differs from the eval model."""
+    model, variant = forwards.model, step.variants[0]
+    other_start = Forwards(model, forwards.loss_fn, step.kinds, None, forwards.copies)
+    _, again = _recorded(step, other_start, full, variant)  # from another random state
+    first, here = _recorded(step, forwards, full, variant)
+    second, other = _recorded(step, other_start, full, variant)
+    if here is None or again is None or other is None:
+        return
+    if not _close(here.values, other.values):
         logger.warning(
-            "two forwards of the full model give different task losses: it has randomness beside dropout. Usual "
-            "causes are layer drop (config.layerdrop, encoder_layerdrop), stochastic depth (drop_path_rate) and "
-            "SpecAugment (apply_spec_augment, mask_time_prob); set them to 0 for a clean comparison."
+            "two forwards of the full model give different losses: it has randomness besides dropout, first seen in "
+            "%s. The variants share its random numbers, but their losses also differ by it.",
+            _first_difference(first, second),
+        )
+        return
+    with _in_eval_mode(model):
+        evaluated, in_eval = _recorded(step, forwards, full, variant)
+    if in_eval is not None and not _close(here.values, in_eval.values):
+        logger.warning(
+            "the full model in train mode gives other losses than in eval mode, though nothing is dropped; the "
+            "difference begins in %s. What is compared is the model in train mode.",
+            _first_difference(first, evaluated),
         )
 
 
-def check_stacking(
-    single: Tensor, stacked: Tensor | None, choice: str, reason: str = "", rounds: bool = False
-) -> bool:
-    """Whether variants may be stacked: their losses have to be those of single forwards.
+def _differs_without_graph(step: Any, forwards: Forwards, full: Any, shares: Shares) -> str | None:
+    """Low memory reads the shares without a graph first."""
+    _, alone = _recorded(step, forwards, full, step.variants[0])
+    if alone is None or not _close(shares.values.detach(), alone.values):
+        return (
+            "--cmp_low_memory computes the losses without a graph first, and here they differ from those with one, "
+            "so its gradients would not be exact. Leave it out."
+        )
 
-    Args:
-        single: task losses of one forward a variant.
-        stacked: task losses of one forward for all, or None where the model cannot be stacked, for `reason`.
-        choice: the argument cmp_forward; only `stacked` insists.
-        rounds: the model computes in 16 bit, or on a device that may round products (TF32). Else the two differ by an
-            order of summation: a mask of the wrong rows may move the losses of a new head by less than a thousandth.
+
+def _stacking(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> Stacking | None:
+    """Stacked forwards where they are wanted and were found to be right.
 
     Raises:
-        ValueError: --cmp_forward stacked was asked for and is not possible.
+        ValueError: `stacked` was asked for and is not possible.
     """
-    rtol, atol = (1e-3, 1e-4) if rounds else (3e-5, 3e-6)
-    if stacked is not None and torch.allclose(single, stacked, rtol=rtol, atol=atol):
-        return True
-    if choice == "stacked":
-        difference = "" if stacked is None else f"its losses differ by up to {(single - stacked).abs().max():.3g}."
+    full = batches[step.variants[0].levels]
+    stackable = getattr(forwards.loss_fn, "stackable", False)
+    if step.low_memory or not prefer_stacked(full, step.forward) or (step.forward == "auto" and not stackable):
+        return None
+    try:
+        if not stackable:
+            raise CannotStack("its loss is computed by a function or a trainer that may look at the whole batch.")
+        return Stacking(forwards, batches, step.variants, step._plan)
+    except CannotStack as error:
+        reason = str(error)
+    except Exception as error:  # of the model or the loss, which both did without stacking
+        reason = f"a stacked forward fails ({error})"
+    if step.forward == "stacked":
+        raise ValueError(f"--cmp_forward stacked does not work for this model: {reason} Use --cmp_forward sequential.")
+    logger.info("variants run one after the other, since this model cannot be stacked: %s", reason)
+    return None
+
+
+def writes_into_inputs(forwards: Forwards, full: Any, step: Any) -> bool:
+    """Whether the model writes into the tensors of its batch; tried on copies, without a graph."""
+    copied = own_containers(full, copy_tensors=True)
+    before = versions(copied)
+    with torch.no_grad(), unchanged_buffers(forwards.model):
+        forwards.run(copied, step.variants[0].levels, only=set())
+    return versions(copied) != before
+
+
+def check_finite(loss: Tensor) -> None:
+    """Raises a ValueError where the first loss is NaN or infinite."""
+    if not bool(loss.detach().isfinite()):
         raise ValueError(
-            f"--cmp_forward stacked does not work for this model: {reason or difference} Its rows depend on each "
-            "other (batch norm) or do not come first (time-major layers). Use --cmp_forward sequential."
+            f"the loss of the first batch is {loss.item()}, already without any ablation. Look for NaN or infinite "
+            "inputs, labels out of range, or overflow in half precision."
         )
-    return False
+
+
+def check_sign_test(deviation: float) -> None:
+    """Raises a CannotCompare where the sign test failed; `deviation` is relative to its tolerance."""
+    if deviation > 1:
+        raise CannotCompare(
+            "the shares of the loss stopped following the rows of the batch: what belongs to an example is computed "
+            "in another order than on the first batch. Keep the order of the rows in the loss, or pass "
+            "per_example_loss_func(outputs, inputs) -> (batch,)."
+        )
+
+
+def check_reached(trainer: Any, reached: bool) -> None:
+    """Raises a ValueError where a training step computed its loss without the comparison."""
+    if not reached:
+        raise ValueError(
+            f"{type(trainer).__name__}.training_step computed its loss without a comparison, though "
+            f"{trainer.num_ablations} ablations were asked for. Let it get its loss from self.compute_loss(model, "
+            "inputs), or leave training_step to the Trainer."
+        )
+
+
+# --- when a training is over ---
+
+
+def check_crops_removed(removed: Tensor | None) -> None:
+    """Raises a ValueError where crops were asked for and removed nothing in the whole training."""
+    if removed is not None and not bool(removed > 0):
+        raise ValueError(
+            "--cmp_num_crops asked for crops, but no example of the training had a token to remove: crop_segments is "
+            "0 everywhere, so the cropped variants were the full model. Mark removable text in crop_segments, or "
+            "leave out --cmp_num_crops."
+        )
+
+
+# --- helpers ---
+
+
+class _NotedRates(Ablation):
+    """CmpDrop whose dropout calls are listed: (function name, the call's own rate, whether in train mode)."""
+
+    def __init__(self, drop: Ablation, sites: list[tuple[str, float, bool]]) -> None:
+        self.drop, self.sites = drop, sites
+
+    def calls(self, level: int) -> Mapping[Callable, Any]:
+        def note(site: Any, func: Callable, args: tuple, kwargs: dict) -> Any:
+            self.sites.append((func.__name__, site.own_rate(args, kwargs), in_train_mode(func, args, kwargs)))
+            args, kwargs = site.with_rate(0.0, args, kwargs)
+            return func(*args, **kwargs)
+
+        return intercepted_dropout(note)
+
+
+def _recorded(step: Any, forwards: Forwards, batch: Any, variant: Any) -> tuple[dict[str, Tensor], Shares | None]:
+    """The shares of a forward without a graph, and a number for each module's output."""
+    sums: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in forwards.model.named_modules():
+
+        def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            tensors = output if isinstance(output, (tuple, list)) else [output]
+            found = [one for one in tensors if isinstance(one, Tensor) and one.is_floating_point()]
+            if found and name not in sums:
+                sums[name] = found[0].detach().float().abs().sum()
+
+        hooks.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad():
+            forward = forwards.run(batch, variant.levels, only=step._plan.places)
+        return sums, read_shares(forward, step._plan, batch)
+    except Exception as error:  # a loss that is made otherwise in eval mode or without a graph
+        logger.debug("a check could not be made: %r", error)
+        return sums, None
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    for name, value in one.items():
+        if name in other and not _close(value, other[name]):
+            return name or "the model itself"
+    return "the loss"
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    half = one.dtype in (torch.float16, torch.bfloat16)
+    scale = float(one.detach().abs().max()) if one.numel() else 0.0
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-2 if half else 1e-4, atol=1e-5 * scale)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def train_mode_except_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Train mode for the modules of an eval model, so that they drop; batch norm stays in eval mode. Restored at the
+    end, with the buffers that other modules change in train mode (spectral norm)."""
+    modules = [module for module in model.modules() if not module.training]
+    modules = [module for module in modules if not isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for module in modules:
+        module.training = True
+    try:
+        with unchanged_buffers(model):
+            yield
+    finally:
+        for module in modules:
+            module.training = False
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers, such as the running means of batch norm, are after the body what they were before, unless they grew."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before and buffer.shape == before[name].shape and not torch.equal(buffer, before[name]):
+                    buffer.copy_(before[name])
 
 
 def _settings(model: nn.Module) -> Mapping[str, Any]:

@@ -1,14 +1,16 @@
-"""CmpTrainer: the Trainer with comparative loss. This file is the flow of a step:
+"""CmpTrainer: the Trainer with comparative loss. Hooks of the Trainer, and nothing that works without one.
 
-    arguments -> variants -> (crop, drop, forward, task loss) for each variant -> comparative loss -> log
-
-What each word means is in the file of that name. Everything else, from data loading to saving, is the Trainer's.
+A training step of the Trainer calls `compute_loss`. While a step runs, that call goes to a ComparativeStep, which runs
+the whole chain of `compute_loss` once for each variant, whatever subclasses, label smoothing or a loss function of the
+user's add to it, and compares what it returns. Everything else, from data loading to saving, is the Trainer's.
 """
 
-import functools
+from __future__ import annotations
+
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,311 +18,250 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective
 
 from cmp_trainer import checks
 from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
-from cmp_trainer.ablations.drop import CmpDrop, DropoutSites, dropout_awake, unchanged_buffers
-from cmp_trainer.ablations.plan import Variant, plan_variants
+from cmp_trainer.ablations.plan import variants_of
+from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.arguments import CmpTrainingArguments
-from cmp_trainer.execution.forwards import devices_of, run_variants, stacking_pays
-from cmp_trainer.execution.low_memory import loss_one_variant_at_a_time, select_rows
-from cmp_trainer.execution.random_state import RandomState, same_start, untouched_randomness
-from cmp_trainer.execution.recompute import RecomputeUnderCmpDrop
-from cmp_trainer.execution.stacked import CannotStack, refuse_batch_norm
-from cmp_trainer.losses.comparative import comparative_loss, regularized_loss
-from cmp_trainer.losses.task_losses import (
-    LABEL_NAMES,
-    PerExampleLoss,
-    TaskLosses,
-    batch_mean,
-    shifts_labels,
-    task_losses,
-    user_losses,
-    without_labels,
+from cmp_trainer.execution.traces import no_traces
+from cmp_trainer.losses.comparative import Objective
+from cmp_trainer.losses.examples import PerExampleLoss, losses_of_examples
+from cmp_trainer.losses.reductions import example_mean
+from cmp_trainer.reports.ablated_evaluation import (
+    AblatedEvaluation,
+    VariantsInEvaluation,
+    without_segments,
+    without_variants,
 )
 from cmp_trainer.reports.curves import ablation_curve
-from cmp_trainer.reports.loss_log import LossLog
 from cmp_trainer.reports.model_card import write_model_card
 from cmp_trainer.reports.training_plot import show_variants_in_progress_bar
 from cmp_trainer.saving.checkpoints import being_written, checkpoint_to_resume
 from cmp_trainer.saving.pushing import ReportsPushes
+from cmp_trainer.step import ComparativeStep, bare_model
 
 logger = logging.getLogger(__name__)
 
 
-class CmpTrainerMixin(ReportsPushes):
-    """Comparative loss for any subclass of Trainer: `class MyCmpTrainer(CmpTrainerMixin, MyTrainer)`.
+class CmpTrainer(ReportsPushes):
+    """The Trainer with comparative loss, alone or as one base of a trainer of your own, in any order.
 
     Args:
-        per_example_loss_func: `(outputs, inputs) -> (batch,)` or `(batch, parts)`, the loss of each example, for
-            models and tasks whose losses are not known. It then is the loss of training and evaluation, with and
-            without ablations. Parts are compared apart and averaged.
-        *args, **kwargs: the Trainer's. With plain TrainingArguments nothing is ablated.
+        ablations: in place of those that the arguments ask for; one for each ablated variant.
+        objective: in place of the one that the arguments ask for, `(…, 1 + c) -> (…)`.
+        per_example_loss_func: `(outputs, inputs) -> (batch,)` or `(batch, parts)`, the loss of each example, in place
+            of the model's own, in training and evaluation. Parts are compared separately and averaged.
+        *args, **kwargs: the Trainer's. With plain TrainingArguments and no ablations nothing is ablated.
 
     Raises:
-        ValueError: a setting in which examples cannot be compared; names it and what to do.
+        ValueError: settings in which examples cannot be compared; all reasons together, with what to do.
     """
 
     args: CmpTrainingArguments
 
-    def __init__(self, *args: Any, per_example_loss_func: PerExampleLoss | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        ablations: Sequence[Ablation] | None = None,
+        objective: Objective | None = None,
+        per_example_loss_func: PerExampleLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_comparisons = 0
+        self.curve: pd.DataFrame | None = None
         self.per_example_loss_func = per_example_loss_func
-        self._train_losses, self._eval_losses = LossLog(), LossLog()
-        self._first_step_is_checked, self._can_stack = False, False
-        self._bare: tuple[Any, Any] = (None, None)
-        self.ablations: pd.DataFrame | None = None
-        self._recompute = RecomputeUnderCmpDrop()
-        self.add_callback(self._recompute)
-        show_variants_in_progress_bar(self)
+        self._given_ablations, self._given_objective = ablations, objective
+        self._step: ComparativeStep | None = None
+        self._made_of: tuple[Any, ...] = ()
+        self._loss_depth, self._is_training_step, self._logs_itself, self._reached = 0, False, False, False
+        self._evaluation: AblatedEvaluation | VariantsInEvaluation | None = None
+        super().__init__(*args, **kwargs)
         if self.num_ablations:
-            checks.check_setting(self)
+            show_variants_in_progress_bar(self)
+        if self.num_ablations or (self.compute_loss_func and per_example_loss_func):
+            checks.check_trainer(self)
+
+    # --- what is compared ---
 
     @property
     def num_ablations(self) -> int:
         """c; 0 for arguments that know nothing of comparative loss."""
+        if self._given_ablations is not None:
+            return len(self._given_ablations)
         return getattr(self.args, "cmp_num_ablations", 0)
 
     @property
-    def variants(self) -> list[Variant]:
-        """The full model and its ablations, as the arguments say now (a hyperparameter search changes them)."""
-        return plan_variants(self.num_ablations, getattr(self.args, "cmp_num_crops", 0))
+    def ablations(self) -> list[Ablation]:
+        """The ablations as the arguments say now (a hyperparameter search changes them)."""
+        return list(self._given_ablations) if self._given_ablations is not None else self.args.cmp_ablations
 
-    def train(self, resume_from_checkpoint: str | PathLike | bool | None = None, *args: Any, **kwargs: Any):
-        """Trainer's; a half-written checkpoint is passed over (True) or refused (a path)."""
+    def comparative_step(self, model: nn.Module | None = None) -> ComparativeStep:
+        """The step that training runs, made anew where the arguments or the model have changed."""
+        model = self.model if model is None else model
+        objective = self._given_objective or getattr(self.args, "cmp_objective_function", None)
+        made_of = (self.ablations, objective, id(bare_model(model)))
+        if self._step is None or made_of != self._made_of:
+            checks.check_trainer(self)
+            self._step = ComparativeStep(
+                model,
+                self.ablations,
+                objective,
+                forward=getattr(self.args, "cmp_forward", "auto"),
+                low_memory=getattr(self.args, "cmp_low_memory", False),
+                processing_class=self.processing_class,
+                data_collator=self.data_collator,
+            )
+            self._made_of = made_of
+        self._step.model = model
+        return self._step
+
+    # --- training ---
+
+    def train(self, resume_from_checkpoint: str | PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Adds: every training step is compared, or ends in an error; an incomplete checkpoint is skipped (True) or
+        rejected (a path)."""
         if not self.num_ablations and self.hp_search_backend is None:
             logger.warning("comparative loss is off (--cmp_num_ablations 0): training as the plain Trainer does.")
-        self._first_step_is_checked = False
+        self._step = None
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._recompute.undo()
+        with _shadowed(self, training_step=self._outermost_training_step):
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.num_ablations and self._step is not None:
+            self._step.check_end()
+        return output
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._train_losses = LossLog()  # an earlier training, or a try with a larger batch, may have left losses
+        self._step = None  # training may begin anew, with a smaller batch
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's; an error if a subclass's compute_loss went past the comparison."""
-        loss = super().training_step(*args, **kwargs)
-        checks.check_compared(self, self._train_losses)
+        """Adds the comparison, and an error where a subclass goes past it."""
+        return self._compared(super().training_step, *args, **kwargs)
+
+    def _outermost_training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._compared(type(self).training_step.__get__(self), *args, **kwargs)
+
+    def _compared(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """A training step whose compute_loss is compared as a whole, subclasses' parts of it included."""
+        if self._is_training_step or not self.num_ablations:
+            return training_step(*args, **kwargs)
+        self._is_training_step, self._reached = True, False
+        chain = type(self).compute_loss.__get__(self)
+        try:
+            with _shadowed(self, compute_loss=lambda *a, **k: self._compare(chain, *a, **k)):
+                loss = training_step(*args, **kwargs)
+        finally:
+            self._is_training_step = False
+        checks.check_reached(self, self._reached)
         return loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Any,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """The comparative loss of the batch in training; in evaluation the plain task loss of the full model."""
-        if not (model.training and self.num_ablations):
-            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self._first_step_is_checked:
-            self._first_step_is_checked = self._check_first_step(model, inputs)
-        with same_start(devices_of(model)):  # where an error leaves the random state, crops included
-            if self.args.cmp_low_memory and torch.is_grad_enabled() and not return_outputs:
-                loss, losses = self._low_memory_loss(model, inputs, num_items_in_batch)
-                outputs = None
-            else:
-                losses, outputs = self._compare(model, inputs, self._stacks(model, inputs))
-                loss = self._reduce(self._objective(losses), losses.weights, num_items_in_batch)
-        self._train_losses.add(*losses)
-        return (loss, outputs) if return_outputs else loss
+        """Adds `per_example_loss_func`; where it is called in train mode outside of a training, the comparison."""
+        in_training = model.training and not self.is_in_train and torch.is_grad_enabled()
+        if not self.num_ablations or self._loss_depth or self._evaluation is not None or not in_training:
+            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        return self._compare(self._plain_loss, model, inputs, return_outputs, num_items_in_batch, **kwargs)
 
-    def _compare(self, model: nn.Module, inputs: Mapping[str, Any], stacked: bool) -> tuple[TaskLosses, Any]:
-        """Task losses of all variants, (batch, parts, 1 + c), the weights of the full one, and its outputs."""
-        variants = self.variants
-        batches = self._crop(inputs, num_crops=variants[-1].crops)
-        forward = functools.partial(self._forward, model)
-        return run_variants(forward, variants, batches, self.args.cmp_schedule, devices_of(model), stacked)
-
-    def _forward(
-        self, model: nn.Module, batch: Mapping[str, Any], context: AbstractContextManager
-    ) -> tuple[TaskLosses, Any]:
-        """Task losses and outputs of one forward."""
-        with context:
-            outputs = model(**self._model_inputs(batch))
-        return self._task_losses(outputs, batch), outputs
-
-    def _stacks(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-        """Whether the drop variants of this batch share a forward."""
-        choice, can = self.args.cmp_forward, self._can_stack
-        return can and (choice == "stacked" or stacking_pays(inputs, next(model.parameters()).device))
-
-    def _low_memory_loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], num_items: Any
-    ) -> tuple[Tensor, TaskLosses]:
-        """The loss whose backward is the full variant's; the backwards of the others are done on the way."""
-        batches = self._crop(inputs, num_crops=self.variants[-1].crops)
-        divisor = 1 if num_items is not None else self.current_gradient_accumulation_steps  # as in training_step
-        devices, ends = devices_of(model), {}
-        with same_start(devices) as restart:
-
-            def run(variant: Variant, rows: Tensor | None) -> TaskLosses:
-                restart()
-                batch = select_rows(batches[variant.crops], rows)
-                losses, _ = self._forward(model, batch, CmpDrop(variant.drops, self.args.cmp_schedule))
-                ends[variant] = RandomState.capture(devices)
-                return losses
-
-            alone = self.accelerator.num_processes == 1
-            result = loss_one_variant_at_a_time(
-                run,
-                self.variants,
-                reduce=lambda losses: self._reduce(self._objective(losses), losses.weights, num_items),
-                backward=lambda share: self.accelerator.backward(share / divisor),
-                unsynchronized=self.accelerator.no_sync(model),
-                may_skip=alone,
-                may_select=alone and self.per_example_loss_func is None,  # which may look at the whole batch
-            )
-        ends[self.variants[-1]].restore()  # the full variant, the last to run, draws no masks
-        return result
-
-    def _objective(self, losses: TaskLosses) -> Tensor:
-        """(batch, parts, 1 + c) task losses -> (batch, parts) losses to minimize."""
-        args = self.args
-        ranking: dict[str, Any] = {
-            "ranking": args.cmp_ranking,
-            "temperature": args.cmp_temperature,
-            "margin": args.cmp_margin,
-        }
-        if args.cmp_objective == "comparative":
-            return comparative_loss(losses.values, baseline=args.cmp_baseline_value, **ranking)
-        return regularized_loss(
-            losses.values,
-            primary=args.cmp_primary,
-            weight=args.cmp_weight,
-            threshold=args.cmp_loss_threshold,
-            example_weights=losses.weights,
-            **ranking,
+    def _compare(
+        self,
+        chain: Callable[..., Any],
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The comparative loss over what `chain`, a compute_loss, returns for each variant."""
+        self._reached = True
+        step = self.comparative_step(model)
+        step.settings_may_change = any(
+            not type(one).__module__.startswith(("transformers.", "cmp_trainer.")) for one in self._callbacks
         )
+        loss_fn = _LossOfTrainer(self, chain, return_outputs, {"num_items_in_batch": num_items_in_batch, **kwargs})
+        before = step.num_comparisons
+        loss = step(inputs, loss_fn)
+        self.num_comparisons += step.num_comparisons - before
+        return (loss, loss_fn.outputs) if return_outputs else loss
 
-    def _reduce(self, values: Tensor, weights: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """The Trainer's normalization of a micro-batch, gradient accumulation and processes included."""
-        if num_items is None:
-            return batch_mean(values, weights)
-        if self.per_example_loss_func is not None:
-            # The Trainer counted labels, the user's losses count examples, and the Trainer will not divide any more.
-            return batch_mean(values, weights) / self.current_gradient_accumulation_steps
-        loss = batch_mean(values, weights, num_items)
-        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
-
-    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
+    def _plain_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """What Trainer computes, or the mean of the user's own losses."""
-        inputs = {name: value for name, value in inputs.items() if name != SEGMENTS}
+        inputs = without_segments(inputs)
         if self.per_example_loss_func is None:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
-        outputs = model(**inputs)
-        losses = self._task_losses(outputs, inputs)
-        loss = self._reduce(*losses, num_items if model.training else None)
+            kwargs["num_items_in_batch"] = num_items_in_batch
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        outputs = model(**_accepted(bare_model(model), inputs))
+        loss = example_mean(losses_of_examples(self.per_example_loss_func, outputs, inputs))
+        if model.training and num_items_in_batch is not None and not self._divides_by_steps:
+            loss = loss / self.current_gradient_accumulation_steps  # the Trainer counted labels and will not divide
         return (loss, outputs) if return_outputs else loss
-
-    def _task_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> TaskLosses:
-        if self.per_example_loss_func is not None:
-            return user_losses(self.per_example_loss_func, outputs, inputs)
-        model = self._bare_model
-        return task_losses(
-            outputs,
-            inputs,
-            problem_type=getattr(getattr(model, "config", None), "problem_type", None),
-            shifts_labels=shifts_labels(model),
-            label_smoothing=self.label_smoother.epsilon if self.label_smoother is not None else 0.0,
-        )
-
-    def _model_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return inputs if self.per_example_loss_func is not None else without_labels(self._bare_model, inputs)
-
-    def _crop(self, inputs: Mapping[str, Any], num_crops: int) -> list[dict[str, Any]]:
-        """The batch at 0, 1, … crops, without crop_segments."""
-        crop = CmpCrop.for_model(
-            self._bare_model,
-            num_crops,
-            getattr(self.args, "cmp_crop_order", "random"),
-            self.processing_class,
-            self.data_collator,
-        )
-        return crop(inputs)
 
     @property
-    def _bare_model(self) -> nn.Module:
-        """The user's model inside of what training wraps around it; looked for once, as it costs a walk of modules."""
-        wrapped, bare = self._bare
-        if wrapped is not self.model:
-            wrapped, bare = self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
-            self._bare = wrapped, bare
-        return bare
+    def _divides_by_steps(self) -> bool:
+        """Whether training_step divides a loss by the accumulation steps although it was given num_items_in_batch."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        return not self.model_accepts_loss_kwargs if scaled is None else not scaled
 
-    def _check_first_step(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Run the checks on this batch; False when it has no label to check with."""
-        self.args.check_cmp_arguments()  # again, as a hyperparameter search changes arguments
-        checks.check_setting(self)
-        full = self._crop(inputs, num_crops=0)[0]
-        eager = torch.compiler.set_stance("force_eager")  # a compiled model is not to be compiled for the checks
-        with torch.no_grad(), eager, untouched_randomness(devices_of(model)) as start, unchanged_buffers(model):
-            recorder = DropoutSites(0)
-            losses, _ = self._forward(model, full, recorder)
-            with CmpDrop(0):
-                own_loss, outputs = self._plain_loss(model, full, True, None)
-            again = self._task_losses(outputs, full)
-            if self.variants[-1].drops:
-                checks.check_dropout_sites(recorder.sites, self.args.cmp_schedule, self._bare_model)
-            start.restore()
-            self._can_stack = self._stacking_agrees(model, inputs, start)
-        labelled = losses.weights.any()
-        if labelled:
-            if self.per_example_loss_func is None:
-                checks.check_own_loss(own_loss, batch_mean(*again), next(model.parameters()).dtype)
-            checks.check_repeatable(losses.values, again.values)
-        return bool(self._sum_over_processes(labelled.int()))  # all processes go on, or check again, together
+    @property
+    def _callbacks(self) -> list[Any]:
+        return self.callback_handler.callbacks
 
-    def _stacking_agrees(self, model: nn.Module, inputs: Mapping[str, Any], start: RandomState) -> bool:
-        """Whether a stacked forward gives the losses of single ones; an error if it was asked for and does not."""
-        choice, parameter = self.args.cmp_forward, next(model.parameters())
-        on_cpu, precise = parameter.device.type == "cpu", parameter.dtype in (torch.float32, torch.float64)
-        # Processes have to do equally many forwards, also where the batch of one is small and that of another is not.
-        may_pay = on_cpu and not self.args.torch_compile and self.accelerator.num_processes == 1
-        if choice == "sequential" or (choice == "auto" and not may_pay):
-            return False
-        rounds = not (on_cpu and precise and self.accelerator.mixed_precision == "no")
-        single, _ = self._compare(model, inputs, stacked=False)
-        start.restore()
+    # --- logs and evaluation ---
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self._logs_itself = True
         try:
-            refuse_batch_norm(model)
-            stacked, _ = self._compare(model, inputs, stacked=True)
-        except CannotStack as error:
-            return checks.check_stacking(single.values, None, choice, str(error))
-        except Exception as error:  # of the model, its outputs or the user's losses, which all did without stacking
-            if choice == "stacked":
-                raise
-            logger.info("variants run one after the other, stacked the model cannot: %s", error)
-            return False
-        return checks.check_stacking(single.values, stacked.values, choice, rounds=rounds)
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._logs_itself = False
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, on the full input; with --cmp_eval_ablations the variants' losses are noted too."""
-        full = {name: value for name, value in inputs.items() if name != SEGMENTS}
-        prediction = super().prediction_step(model, full, *args, **kwargs)
-        if self.num_ablations and self.args.cmp_eval_ablations and self._has_labels(inputs):
-            self._note_eval_variants(model, self._prepare_inputs(inputs))
-        return prediction
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the variants' mean losses since the last log to the Trainer's own logs of the training loss."""
+        if self._logs_itself and "loss" in logs:
+            self._logs_itself = False
+            if self._step is not None:
+                logs.update(self._step.log(self._sum_over_processes))
+        super().log(logs, *args, **kwargs)
 
-    def _has_labels(self, inputs: Mapping[str, Any]) -> bool:
-        if self.per_example_loss_func is not None:
-            return all(inputs.get(name) is not None for name in self.label_names)
-        return any(inputs.get(name) is not None for name in LABEL_NAMES)
+    def _sum_over_processes(self, sums: Tensor) -> Any:
+        return self.accelerator.reduce(sums, "sum")
 
-    def _note_eval_variants(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Compare the variants of an evaluation batch, with masks that depend on the seed and the batch alone."""
-        no_trace = untouched_randomness(devices_of(model))
-        with torch.no_grad(), no_trace, dropout_awake(model), self.compute_loss_context_manager():
-            torch.manual_seed(self.args.seed)
-            losses, _ = self._compare(model, inputs, stacked=False)
-        self._eval_losses.add(*self.accelerator.gather_for_metrics(tuple(losses)))
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Adds the variants' mean losses to the metrics under --cmp_eval_ablations."""
+        evaluation = self._evaluation or VariantsInEvaluation(self)
+        previous, self._evaluation = self._evaluation, evaluation
+        chain = type(self).prediction_step.__get__(self)
+        try:
+            with _shadowed(self, prediction_step=lambda *a, **k: evaluation.prediction_step(chain, *a, **k)):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+        finally:
+            self._evaluation = previous
+        return output._replace(metrics={**(output.metrics or {}), **evaluation.metrics(f"{metric_key_prefix}_")})
 
     def evaluate_ablations(
         self,
@@ -331,34 +272,39 @@ class CmpTrainerMixin(ReportsPushes):
         seeds: Sequence[int] = (0, 1, 2),
         model_name: str | None = None,
     ) -> pd.DataFrame:
-        """Loss, metrics and violations at 0, 1, … drops and crops, which the model card shows from then on.
+        """Loss, metrics and violations at 0, 1, … levels of ablation, which the model card shows from then on.
 
         Arguments, columns of the result and errors are those of `cmp_trainer.reports.curves.ablation_curve`.
         """
-        self.ablations = ablation_curve(
-            self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name
-        )
-        return self.ablations
+        self.curve = ablation_curve(self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name)
+        return self.curve
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the variants' mean losses among the metrics under --cmp_eval_ablations."""
-        self._eval_losses = LossLog()  # an evaluation that raised may have left losses
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        variant_losses = self._eval_losses.pop(prefix=f"{prefix}_")
-        return output._replace(metrics={**(output.metrics or {}), **variant_losses})
+    def evaluation_under(self, evaluation: AblatedEvaluation, dataset: Any, prediction_loss_only: bool) -> Any:
+        """The Trainer's own evaluation loop, under ablation."""
+        previous, self._evaluation = self._evaluation, evaluation
+        try:
+            dataloader = self.get_eval_dataloader(dataset)
+            return self.evaluation_loop(dataloader, "Ablation", prediction_loss_only or None)
+        finally:
+            self._evaluation = previous
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the variants' mean losses since the last log next to the training loss."""
-        if "loss" in logs:
-            logs.update(self._train_losses.pop(self._sum_over_processes))
-        super().log(logs, *args, **kwargs)
+    def replaced_loss(self, compute_loss: Callable[..., Any]) -> AbstractContextManager[None]:
+        """Context in which `self.compute_loss` is another function, for evaluations under ablation."""
+        return _shadowed(self, compute_loss=compute_loss)
 
-    def _sum_over_processes(self, sums: Tensor) -> Any:
-        return self.accelerator.reduce(sums, "sum")
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any):
+        """Adds: the variants' losses in an evaluation are no part of the default objective."""
+
+        def objective(metrics: dict[str, float]) -> float:
+            names = [variant.name for variant in variants_of(self.ablations)[1]] if self.num_ablations else []
+            return default_compute_objective(without_variants(metrics, names))
+
+        return super().hyperparameter_search(hp_space, compute_objective or objective, *args, **kwargs)
+
+    # --- saving ---
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's; of a model trained with ablations the card of model_card.py."""
+        """Adds what comparative loss did to the card of a model that was trained with it."""
         if not self.num_ablations:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
@@ -375,13 +321,60 @@ class CmpTrainerMixin(ReportsPushes):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.variants[-1].crops and SEGMENTS not in self._signature_columns:
+        crops = any(isinstance(ablation, CmpCrop) for ablation in self.ablations) if self.num_ablations else False
+        if crops and SEGMENTS not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, SEGMENTS]
 
 
-class CmpTrainer(CmpTrainerMixin):
-    """The Trainer with comparative loss; see CmpTrainerMixin."""
-
-
 class CmpSeq2SeqTrainer(CmpTrainer, Seq2SeqTrainer):
-    """The Seq2SeqTrainer with comparative loss; see CmpTrainerMixin. Generation in evaluation is unchanged."""
+    """The Seq2SeqTrainer with comparative loss; see CmpTrainer. Generation in evaluation is unchanged."""
+
+
+class _LossOfTrainer:
+    """`loss_fn(model, batch)` of a step: the trainer's chain of compute_loss, of which one run leaves traces."""
+
+    def __init__(self, trainer: CmpTrainer, chain: Callable[..., Any], outputs: bool, kwargs: dict[str, Any]) -> None:
+        self.trainer, self.chain, self.kwargs, self.with_outputs = trainer, chain, kwargs, outputs
+        self.outputs: Any = None
+        self._is_checking, self._has_run = True, False
+        owners = [kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
+        self.stackable = not outputs and owners == [CmpTrainer, Trainer]
+
+    def begin(self) -> None:
+        """The step's own runs begin; what was run before were checks."""
+        self._is_checking = False
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        is_first = not self._is_checking and not self._has_run
+        self._has_run = not self._is_checking
+        self.trainer._loss_depth += 1
+        try:
+            with nullcontext() if is_first else no_traces(self.trainer):
+                result = self.chain(model, batch, return_outputs=self.with_outputs, **self.kwargs)
+        finally:
+            self.trainer._loss_depth -= 1
+        loss, outputs = result if isinstance(result, tuple) else (result, None)
+        if is_first:
+            self.outputs = outputs
+        return loss
+
+
+@contextmanager
+def _shadowed(trainer: Any, **methods: Any) -> Iterator[None]:
+    """Methods of this one object are other ones in the body, whatever class of its bases they come from."""
+    before = {name: vars(trainer)[name] for name in methods if name in vars(trainer)}
+    vars(trainer).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            vars(trainer).pop(name, None)
+        vars(trainer).update(before)
+
+
+def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The columns that the model's forward takes; the others are for the user's loss."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}

@@ -1,25 +1,25 @@
 """CmpDrop: ablate hidden neurons by more and more dropout, without touching the model.
 
 The full model runs with every dropout rate at 0; the variant after k drops runs with the rates that k cumulative
-dropouts of rate p amount to, 1 - (1 - p)^k. If each forward starts from the same random state, the masks are nested:
+dropouts of rate p amount to, 1 - (1 - p)^k. Each forward starts from the same random state, so the masks are nested:
 what is dropped after k drops stays dropped after k + 1.
 
 Models call dropout in many ways (`nn.Dropout`, `nn.functional.dropout`, the `dropout_p` of attention), so CmpDrop
-intercepts the calls, not the modules: inside the context every call of a dropout function gets another rate and then
-runs PyTorch's own kernel. Nothing of the model changes, so nothing has to be restored.
+intercepts the calls, not the modules: every call of a dropout function gets another rate and then runs PyTorch's own
+kernel. Nothing of the model changes, so nothing has to be restored.
 
 Source: https://doi.org/10.1145/3652599, section on CmpDrop.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from cmp_trainer.ablations.protocol import Ablation, Handler
 
 Growth = Literal["compound", "linear"]
 
@@ -48,13 +48,27 @@ RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 @dataclass(frozen=True)
-class DropoutSchedule:
-    """How the rate of a dropout site grows with the number k of cumulative drops.
+class CmpDrop(Ablation):
+    """One more cumulative dropout at every dropout site; level k has been through k drops, level 0 is the full model.
+
+    Nested masks need equal random states at the start of each forward; ComparativeStep sees to it. Attention kernels
+    outside PyTorch (flash-attn, flex attention) apply dropout inside the kernel, where it cannot be intercepted.
 
     Args:
-        growth: `"compound"`, 1 - (1 - p)^k, the rate of k dropouts one after the other; or `"linear"`, k * p.
+        growth: how the rate of a site grows with the number k of drops: `"compound"`, 1 - (1 - p)^k, the rate of k
+            dropouts one after the other; or `"linear"`, k * p.
         base_rate: p at every site in place of the model's own, also where its own is 0.
         rates: the rates for k = 1, 2, … at every site, in place of p and `growth`.
+
+    Raises:
+        ValueError: an unknown growth, or a rate outside [0, 1).
+
+    Source:
+        https://doi.org/10.1145/3652599, section on CmpDrop.
+
+    Examples:
+        >>> [round(CmpDrop().rate(0.1, drops), 3) for drops in range(4)]
+        [0.0, 0.1, 0.19, 0.271]
     """
 
     growth: Growth = "compound"
@@ -63,17 +77,16 @@ class DropoutSchedule:
 
     def __post_init__(self) -> None:
         if self.growth not in get_args(Growth):
-            raise ValueError(f"dropout schedule {self.growth!r} is unknown; expected one of {get_args(Growth)}.")
+            raise ValueError(f"CmpDrop: growth {self.growth!r} is unknown; expected one of {get_args(Growth)}.")
+        for rate in (*(self.rates or ()), *([] if self.base_rate is None else [self.base_rate])):
+            if not 0 <= rate < 1:
+                raise ValueError(f"CmpDrop: dropout rate {rate} is not in [0, 1).")
 
     def rate(self, own_rate: float, drops: int) -> float:
         """The rate after `drops` drops of a site whose own rate is `own_rate`.
 
         Raises:
             ValueError: the linear schedule leaves [0, 1), or there are fewer explicit rates than drops.
-
-        Examples:
-            >>> [round(DropoutSchedule().rate(0.1, drops), 3) for drops in range(4)]
-            [0.0, 0.1, 0.19, 0.271]
         """
         if drops == 0:
             return 0.0
@@ -93,101 +106,52 @@ class DropoutSchedule:
             )
         return drops * base_rate
 
+    def calls(self, level: int) -> Mapping[Callable, Handler]:
+        """Dropout functions at the rate of `level` cumulative drops."""
+        return intercepted_dropout(partial(self._drop, level))
 
-class CmpDrop(TorchFunctionMode):
-    """Context in which every dropout call has the rate of `drops` cumulative drops; 0 drops is the full model.
-
-    The context belongs to the thread it is entered in. Nested masks need equal random
-    states at the start of each forward: see `RandomState`.
-    Attention kernels outside PyTorch (flash-attn, flex attention) take their rate elsewhere and are not reached.
-
-    Args:
-        drops: k, the number of cumulative drops.
-        schedule: how rates grow with k.
-
-    Examples:
-        >>> ones = torch.ones(6)
-        >>> with CmpDrop(0):
-        ...     nn.functional.dropout(ones, p=0.5, training=True)
-        tensor([1., 1., 1., 1., 1., 1.])
-    """
-
-    def __init__(self, drops: int, schedule: DropoutSchedule | None = None) -> None:
-        super().__init__()
-        self.drops = drops
-        self.schedule = schedule or DropoutSchedule()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        # On the path of every torch function: one dictionary look-up for all that is not dropout.
-        if func in RATE_ARGUMENT:
-            return self.drop(func, *RATE_ARGUMENT[func], args, kwargs or {})
-        if func in RECURRENT:
-            # (input, hx, weights, has_bias, layers, dropout, …), one further right for packed sequences
-            return self.drop(func, 5 if isinstance(args[3], bool) else 6, "dropout", args, kwargs or {})
-        return func(*args, **kwargs) if kwargs else func(*args)
-
-    def drop(self, func: Callable, position: int, name: str, args: tuple, kwargs: dict) -> Any:
-        """Call a dropout function at the new rate; `position` and `name` say where it takes its rate."""
-        rate = self.schedule.rate(own_rate(position, name, args, kwargs), self.drops)
-        args, kwargs = with_rate(rate, position, name, args, kwargs)
+    def _drop(self, level: int, site: "Site", func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = site.with_rate(self.rate(site.own_rate(args, kwargs), level), args, kwargs)
         return func(*args, **kwargs)
 
-    def again(self) -> "CmpDrop":
-        """An equal context, to be entered where this one has been left: in the recomputation of a checkpoint."""
-        return CmpDrop(self.drops, self.schedule)
+
+@dataclass(frozen=True)
+class Site:
+    """Where a dropout function takes its rate."""
+
+    position: int
+    name: str
+
+    def own_rate(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
+        """The rate that a call asks for."""
+        if len(args) > self.position:
+            return args[self.position]
+        return kwargs.get(self.name, 0.0 if self.name == "dropout_p" else 0.5)  # PyTorch's own defaults
+
+    def with_rate(self, rate: float, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a call with another rate."""
+        if len(args) > self.position:
+            return (*args[: self.position], rate, *args[self.position + 1 :]), kwargs
+        return args, {**kwargs, self.name: rate}
 
 
-class DropoutSites(CmpDrop):
-    """CmpDrop that also lists the dropout calls it meets: `sites`, pairs of (function name, the call's own rate)."""
+def intercepted_dropout(drop: Callable[[Site, Callable, tuple, dict[str, Any]], Any]) -> Mapping[Callable, Handler]:
+    """Handlers of all dropout functions that call `drop(site, function, args, kwargs)`."""
+    handlers: dict[Callable, Handler] = {func: partial(drop, site) for func, site in _SITES.items()}
 
-    def __init__(self, drops: int = 0, schedule: DropoutSchedule | None = None) -> None:
-        super().__init__(drops, schedule)
-        self.sites: list[tuple[str, float]] = []
+    def recurrent(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # (input, hx, weights, has_bias, layers, dropout, …), one further right for packed sequences
+        return drop(Site(5 if isinstance(args[3], bool) else 6, "dropout"), func, args, kwargs)
 
-    def drop(self, func: Callable, position: int, name: str, args: tuple, kwargs: dict) -> Any:
-        """Note the call, then make it."""
-        self.sites.append((func.__name__, own_rate(position, name, args, kwargs)))
-        return super().drop(func, position, name, args, kwargs)
+    return handlers | dict.fromkeys(RECURRENT, recurrent)
 
 
-def own_rate(position: int, name: str, args: tuple, kwargs: dict) -> float:
-    """The rate that a dropout call asks for."""
-    if len(args) > position:
-        return args[position]
-    return kwargs.get(name, 0.0 if name == "dropout_p" else 0.5)  # PyTorch's own defaults
+def in_train_mode(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a dropout call would drop at a positive rate; attention functions take no such argument."""
+    if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward, *RECURRENT):
+        return True
+    training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+    return bool(training)
 
 
-def with_rate(rate: float, position: int, name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a dropout call with another rate."""
-    if len(args) > position:
-        return (*args[:position], rate, *args[position + 1 :]), kwargs
-    return args, {**kwargs, name: rate}
-
-
-@contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers, such as the running means of batch norm, are after the body what they were before."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before and not torch.equal(buffer, before[name]):
-                    buffer.copy_(before[name])
-
-
-@contextmanager
-def dropout_awake(model: nn.Module) -> Iterator[None]:
-    """Train mode for the modules of an eval model, so that they drop; batch norm stays asleep. Restored at the end,
-    with the buffers that other modules change in train mode (spectral norm)."""
-    asleep = [module for module in model.modules() if not module.training]
-    asleep = [module for module in asleep if not isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for module in asleep:
-        module.training = True
-    try:
-        with unchanged_buffers(model):
-            yield
-    finally:
-        for module in asleep:
-            module.training = False
+_SITES = {func: Site(*where) for func, where in RATE_ARGUMENT.items()}

@@ -1,54 +1,77 @@
 """Which variants of the model one training step compares.
 
 Variant 0 is the full model. Each of the c ablations starts from the variant before it and removes more of ONE kind:
-one more cumulative dropout (CmpDrop) or one more cut of the input context (CmpCrop). With both kinds they take turns
-as in the published runs: crop, drop, crop, drop, … until one kind is used up, then the rest of the other.
+one more cumulative dropout (CmpDrop), one more cut of the input context (CmpCrop), or whatever an ablation of one's
+own takes away. A variant is a level of every kind.
 
 Source: https://doi.org/10.1145/3652599 and its published implementation.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from cmp_trainer.ablations.crop import CmpCrop
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.ablations.protocol import Ablation
 
 
 class Variant(NamedTuple):
-    """One variant: how many cumulative drops and how many crops it has been through."""
+    """One variant: its name in logs, and its level of every kind."""
 
-    drops: int
-    crops: int
+    name: str
+    levels: tuple[int, ...]
 
 
-def plan_variants(num_ablations: int, num_crops: int = 0) -> list[Variant]:
-    """The full model and its `num_ablations` ablations, from least to most ablated.
+def plan(
+    num_ablations: int, num_crops: int = 0, drop: Ablation | None = None, crop: Ablation | None = None
+) -> list[Ablation]:
+    """The ablations of a run with drops and crops, in the published order: crop, drop, crop, drop, … until one kind
+    is used up, then the rest of the other.
 
     Args:
         num_ablations: c, how many ablated variants are compared with the full model.
         num_crops: how many of the c are crops; the others are drops.
+        drop, crop: what they are; `CmpDrop()` and `CmpCrop()` by default.
 
     Raises:
         ValueError: a negative number, or more crops than ablations.
 
     Examples:
-        >>> plan_variants(3, num_crops=1)
-        [Variant(drops=0, crops=0), Variant(drops=0, crops=1), Variant(drops=1, crops=1), Variant(drops=2, crops=1)]
+        >>> [type(ablation).__name__ for ablation in plan(3, num_crops=1)]
+        ['CmpCrop', 'CmpDrop', 'CmpDrop']
     """
     if not 0 <= num_crops <= num_ablations:
         raise ValueError(f"{num_crops} crops of {num_ablations} ablations; expected 0 <= crops <= ablations.")
-    num_drops = num_ablations - num_crops
-    variants = [Variant(drops=0, crops=0)]
+    drop, crop = drop or CmpDrop(), crop or CmpCrop()
+    ablations: list[Ablation] = []
+    crops = drops = 0
     for index in range(num_ablations):
-        drops, crops = variants[-1]
-        if crops < num_crops and (index % 2 == 0 or drops == num_drops):
-            variants.append(Variant(drops, crops + 1))
+        if crops < num_crops and (index % 2 == 0 or drops == num_ablations - num_crops):
+            crops += 1
+            ablations.append(crop)
         else:
-            variants.append(Variant(drops + 1, crops))
-    return variants
+            drops += 1
+            ablations.append(drop)
+    return ablations
 
 
-def variant_names(num_ablations: int) -> list[str]:
-    """What the variants are called in logs and messages.
+def variants_of(ablations: Sequence[Ablation]) -> tuple[list[Ablation], list[Variant]]:
+    """The distinct kinds among the ablations, and the full model and its variants, from least to most ablated.
 
     Examples:
-        >>> variant_names(2)
-        ['full', 'ablated_1', 'ablated_2']
+        >>> kinds, variants = variants_of(plan(3, num_crops=1))
+        >>> [(variant.name, variant.levels) for variant in variants]
+        [('full', (0, 0)), ('ablated_1', (1, 0)), ('ablated_2', (1, 1)), ('ablated_3', (1, 2))]
     """
-    return ["full", *(f"ablated_{index}" for index in range(1, num_ablations + 1))]
+    kinds: list[Ablation] = []
+    for ablation in ablations:
+        if ablation not in kinds:
+            kinds.append(ablation)
+    levels = [0] * len(kinds)
+    variants = [Variant("full", tuple(levels))]
+    for number, ablation in enumerate(ablations, start=1):
+        kind = kinds.index(ablation)
+        levels[kind] += 1
+        number = number if ablation.name == Ablation.name else levels[kind]
+        variants.append(Variant(f"{ablation.name}_{number}", tuple(levels)))
+    return kinds, variants

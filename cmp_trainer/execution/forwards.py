@@ -1,78 +1,128 @@
-"""Running the variants of a batch: one forward each, or the drop variants of equal input stacked in one.
+"""The forwards of one step: a batch, levels of ablation, and the loss with its reductions.
 
-Either way every variant starts from the same random state, and the state afterwards is where one forward leaves it.
+`Forwards.run` is the one way in which a loss is computed under ablation, by training, evaluation and checks. The
+batch is handed over as it came, in containers of its own, so that a loss may take things out of it; tensors that the
+model writes into are copied first.
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cmp_trainer.ablations.drop import CmpDrop, DropoutSchedule
-from cmp_trainer.ablations.plan import Variant
-from cmp_trainer.execution.random_state import same_start
-from cmp_trainer.execution.stacked import StackedDrop, first_group, stack, unstack
-from cmp_trainer.losses.task_losses import TaskLosses
+from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.random_state import RandomState
+from cmp_trainer.losses.layouts import entries
+from cmp_trainer.losses.reductions import Reductions
+from cmp_trainer.losses.shares import Forward, output_tensors
 
-Forward = Callable[[Mapping[str, Any], AbstractContextManager], tuple[TaskLosses, Any]]
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""`(model, batch) -> scalar`, the loss that would be minimized without a comparison."""
 
-STACKING_PAYS_UP_TO = 1024
-"""Tokens of the batch up to which one stacked forward is faster; measured, see docs/performance.md."""
+_KEPT_ACTIVATIONS = 400
 
 
-def run_variants(
-    forward: Forward,
-    variants: Sequence[Variant],
-    batches: Sequence[Mapping[str, Any]],
-    schedule: DropoutSchedule,
-    devices: set[torch.device],
-    stacked: bool,
-) -> tuple[TaskLosses, Any]:
-    """Task losses of all variants and the outputs of the first.
+class Forwards:
+    """Forwards that all start from one random state.
 
     Args:
-        forward: `(batch, context)` -> task losses `(batch, parts)` and outputs of a forward in that context.
-        variants: the full model first.
-        batches: the batch at 0, 1, … crops.
-        schedule: how dropout rates grow.
-        devices: where random numbers are drawn.
-        stacked: whether variants of equal crops share a forward.
-
-    Returns:
-        Task losses `(batch, parts, 1 + c)` with the weights of the full variant, and its outputs.
+        model: the model, not wrapped in DistributedDataParallel.
+        loss_fn: `(model, batch) -> scalar`.
+        kinds: the kinds of ablation.
+        start: the random state; None where each goes on from the random state it finds.
+        copies: whether the model writes into its inputs, so that each forward gets copies.
     """
-    groups = itertools.groupby(variants, key=lambda variant: variant.crops if stacked else variant)
-    losses, outputs = [], None
-    with same_start(devices) as restart:
-        for group in (list(group) for _, group in groups):
-            restart()
-            group_losses, group_outputs = _run_group(forward, group, batches[group[0].crops], schedule)
-            losses += group_losses
-            outputs = group_outputs if outputs is None else outputs
-    values = torch.stack([loss.values for loss in losses], dim=-1)
-    return TaskLosses(values, losses[0].weights), outputs
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        kinds: Sequence[Ablation],
+        start: RandomState | None,
+        copies: bool = False,
+    ) -> None:
+        self.model, self.loss_fn, self.kinds, self.start, self.copies = model, loss_fn, kinds, start, copies
+        self.last: Ablated | None = None  # the context of the latest forward
+
+    def run(
+        self,
+        batch: Any,
+        levels: Sequence[int],
+        *,
+        only: set[tuple[str, str]] | None = None,
+        watch: bool = False,
+        kinds: Sequence[Ablation] | None = None,
+    ) -> Forward:
+        """The loss of a batch at a level of every kind.
+
+        Args:
+            only: places of the reductions to note; without a graph they have to be given.
+            watch: also keep the latest activations by row, for planning.
+            kinds: in place of those of this object.
+        """
+        reductions, activations = Reductions(only), _Activations()
+        with_graph = torch.is_grad_enabled()
+        others = (activations.keep if watch else None) if with_graph else reductions.follow
+        self.last = ablated = Ablated(kinds or self.kinds, levels, self.start, reductions.handlers, others)
+        outputs: list[Tensor] = []
+        with outputs_noted(self.model, outputs), ablated:
+            loss = self.loss_fn(self.model, own_containers(batch, copy_tensors=self.copies))
+        check_scalar(loss)
+        return Forward(loss, reductions, [one for one in outputs if one.requires_grad], activations.kept)
 
 
-def stacking_pays(batch: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether `--cmp_forward auto` stacks: small batches on the CPU, where it was measured to be faster."""
-    sizes = [value.shape[:2].numel() for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1]
-    return device.type == "cpu" and max(sizes, default=0) <= STACKING_PAYS_UP_TO
+@contextmanager
+def outputs_noted(model: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
+    """The tensors that the model returns in the body, in every call of it."""
+    handle = model.register_forward_hook(lambda module, args, output: outputs.extend(output_tensors(output)))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def devices_of(model: nn.Module) -> set[torch.device]:
-    """The devices that the model's forward draws random numbers on."""
-    return {parameter.device for parameter in model.parameters()}
+def own_containers(batch: Any, copy_tensors: bool = False) -> Any:
+    """The batch in dictionaries and lists of its own, with the same tensors, or copies of them."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if copy_tensors else batch
+    if isinstance(batch, dict) or (isinstance(batch, Mapping) and hasattr(batch, "data")):
+        copied = copy.copy(batch)
+        for name, value in batch.items():
+            copied[name] = own_containers(value, copy_tensors)
+        return copied
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(own_containers(value, copy_tensors) for value in batch)
+    return batch
 
 
-def _run_group(
-    forward: Forward, group: Sequence[Variant], batch: Mapping[str, Any], schedule: DropoutSchedule
-) -> tuple[list[TaskLosses], Any]:
-    if len(group) == 1:
-        losses, outputs = forward(batch, CmpDrop(group[0].drops, schedule))
-        return [losses], outputs
-    drop = StackedDrop([variant.drops for variant in group], schedule)
-    losses, outputs = forward(stack(batch, len(group)), drop)
-    return unstack(losses, len(group)), first_group(outputs, len(group))
+def versions(batch: Any) -> list[int]:
+    """How often each tensor of a batch was written into."""
+    tensors = [value for _, value in entries(batch) if isinstance(value, Tensor) and not value.is_inference()]
+    return [tensor._version for tensor in tensors]
+
+
+def check_scalar(loss: Any) -> None:
+    """Raises a ValueError where a loss function returned no scalar."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)[:200]
+        raise ValueError(f"the loss is {given}; expected a scalar tensor, as `model(**batch).loss` is.")
+
+
+class _Activations:
+    """The latest tensors with a graph and more than one dimension."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def keep(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.ndim > 1 and result.requires_grad:
+            self.kept.append(result)
+            del self.kept[:-_KEPT_ACTIVATIONS]
+        return result

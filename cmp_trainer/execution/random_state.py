@@ -41,7 +41,7 @@ class RandomState:
 
 
 @contextmanager
-def untouched_randomness(devices: Iterable[torch.device] = ()) -> Iterator[RandomState]:
+def preserve_rng_state(devices: Iterable[torch.device] = ()) -> Iterator[RandomState]:
     """Whatever the body draws, the random state afterwards is the one before, also when the body raises."""
     state = RandomState.capture(devices)
     try:
@@ -51,7 +51,7 @@ def untouched_randomness(devices: Iterable[torch.device] = ()) -> Iterator[Rando
 
 
 @contextmanager
-def same_start(devices: Iterable[torch.device] = ()) -> Iterator[Callable[[], None]]:
+def rng_restart(devices: Iterable[torch.device] = ()) -> Iterator[Callable[[], None]]:
     """Yields a function that goes back to the random state now; also done when the body raises, and then only."""
     state = RandomState.capture(devices)
     try:

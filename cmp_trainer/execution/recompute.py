@@ -1,66 +1,55 @@
-"""Gradient checkpointing under CmpDrop: the recomputation has to drop what the forward dropped.
+"""Gradient checkpointing under ablation: what is recomputed in backward loses what the forward lost.
 
-A checkpointed layer runs its forward a second time in backward, when the variant's CmpDrop has long been left. PyTorch
-restores the random state there by itself; what restores the rates is a `context_fn`, asked for at each checkpointed
-forward, that enters the CmpDrop of that forward again. Only non-reentrant checkpointing knows `context_fn`.
-
-The function lives on the model's modules, where transformers keeps the checkpointing function, and not in
-TrainingArguments, which must stay serializable. It is put there when training begins and taken back when it ends.
+A checkpointed layer runs its forward a second time in backward, when the variant's ablation has long been left.
+PyTorch restores the random state there by itself. The ablation is entered again by wrapping the two entry points of
+torch.utils.checkpoint for the time of a forward, so that whatever they are told to run again runs inside of it:
+reentrant or not, nested, with a `context_fn` of the user's own, switched on by transformers, by a module or by FSDP.
+Both names mean what they meant before as soon as the forward has ended.
 """
 
-import functools
-import logging
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from __future__ import annotations
 
-from torch.overrides import _get_current_function_mode_stack
-from transformers import TrainerCallback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
-from cmp_trainer.ablations.drop import CmpDrop
-
-logger = logging.getLogger(__name__)
+from torch.utils import checkpoint
 
 
-def recompute_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` of `torch.utils.checkpoint`: nothing for the forward, its own CmpDrop for the recomputation."""
-    active = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, CmpDrop)]
-    if not active:
-        return nullcontext(), nullcontext()
-    return nullcontext(), active[-1].again()
+class _Recomputes(Protocol):
+    def recompute(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any: ...
 
 
-class RecomputeUnderCmpDrop(TrainerCallback):
-    """Gives the checkpointed modules of the model `recompute_contexts` for the time of a training."""
+@contextmanager
+def recompute_inside(ablated: _Recomputes) -> Iterator[None]:
+    """What is checkpointed in the body is recomputed by `ablated.recompute`.
 
-    def __init__(self) -> None:
-        self._original: list[tuple[Any, Any]] = []
+    Raises:
+        RuntimeError: this PyTorch's checkpointing has no such entry points.
+    """
+    name, reentrant = "_checkpoint_without_reentrant_generator", checkpoint.CheckpointFunction
+    generator = getattr(checkpoint, name, None)
+    if generator is None:
+        raise RuntimeError(
+            f"this version of PyTorch has no torch.utils.checkpoint.{name}, so ablated forwards could be recomputed "
+            "without their ablation; install a version that cmp_trainer was tested with (2.6 to 2.13)."
+        )
+    own_apply = vars(reentrant).get("apply")  # of the class itself; None where it is inherited
+    apply = reentrant.apply
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Called after the Trainer switched gradient checkpointing on."""
-        self.undo()  # training may begin anew, with a smaller batch, where it ran out of memory
-        if model is None or not getattr(args, "cmp_num_ablations", 0):
-            return
-        self._original = [
-            (module, module._gradient_checkpointing_func)
-            for module in model.modules()
-            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-        ]
-        if any(_is_reentrant(function) for _, function in self._original):
-            logger.warning(
-                "gradient checkpointing was asked for in its reentrant form, which cannot replay dropout rates; the "
-                'non-reentrant form is used. Pass gradient_checkpointing_kwargs={"use_reentrant": False} to say so.'
-            )
-        for module, function in self._original:
-            module._gradient_checkpointing_func = functools.partial(
-                function, use_reentrant=False, context_fn=recompute_contexts
-            )
+    def inside(function: Any) -> Any:
+        def recomputed(*args: Any, **kwargs: Any) -> Any:
+            return ablated.recompute(function, args, kwargs)
 
-    def undo(self) -> None:
-        """Leave the model as the Trainer made it."""
-        for module, function in self._original:
-            module._gradient_checkpointing_func = function
-        self._original = []
+        return recomputed
 
-
-def _is_reentrant(function: Any) -> bool:
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+    setattr(checkpoint, name, lambda function, *args, **kwargs: generator(inside(function), *args, **kwargs))
+    reentrant.apply = staticmethod(lambda function, *args: apply(inside(function), *args))
+    try:
+        yield
+    finally:
+        setattr(checkpoint, name, generator)
+        if own_apply is None:
+            del reentrant.apply
+        else:
+            reentrant.apply = own_apply

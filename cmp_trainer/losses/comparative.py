@@ -1,9 +1,9 @@
 """Comparative loss: rank the task losses of a model and its ablated variants.
 
 A model that uses its neurons well gets no worse when fewer of them are ablated. For one example with task losses
-l(0) (full model), l(1), …, l(c) (more and more ablated) the wish is l(0) <= l(1) <= … <= l(c). A constant dummy
-l(c+1) = b, the baseline, closes the list and pulls all of them down. The comparative loss is the mean hinge over all
-pairs of that list:
+l(0) (full model), l(1), …, l(c) (more and more ablated) we want l(0) <= l(1) <= … <= l(c). A constant baseline b,
+appended as the last loss l(c+1), pulls all of them down. The comparative loss is the mean hinge over all pairs of
+that list:
 
     L = 2 / ((c + 1) (c + 2)) * sum over 0 <= i < j <= c+1 of max(0, l(i) - l(j))
 
@@ -11,12 +11,16 @@ Source: "Cross-Model Comparative Loss for Enhancing Neuronal Utility in Language
 2024, https://doi.org/10.1145/3652599. The regularized objective is that of "LoL: A Comparative Regularization Loss
 over Query Reformulation Losses for Pseudo-Relevance Feedback", SIGIR 2022, https://doi.org/10.1145/3477495.3532017.
 
-Everything here is a pure function from task losses (…, 1 + c), column 0 the full model, to one value per example.
+Everything here goes from task losses (…, 1 + c), column 0 the full model, to one value per example: pure functions,
+and the two objectives that a training step takes, `ComparativeLoss` and `RegularizedLoss`. An objective of your own is
+any callable with the same shapes.
 Losses of 16 bit are computed in float32. An example with an infinite task loss has an infinite comparative loss, one
 with a NaN a NaN: neither is ever hidden in a finite number.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -31,6 +35,104 @@ Primary = Literal["max", "mean", "full", "last"]
 _LISTMLE_EPSILON = 1e-10
 
 
+Objective = Callable[[Tensor], Tensor]
+"""Task losses (…, 1 + c) -> one value per example (…)."""
+
+
+@dataclass(frozen=True)
+class ComparativeLoss:
+    """The ranking of all variants and a baseline as an objective: `objective(losses)`, `(…, 1 + c)` -> `(…)`.
+
+    Args:
+        baseline, ranking, temperature, margin: as in `comparative_loss`.
+
+    Examples:
+        >>> ComparativeLoss(baseline="first")(torch.tensor([[0.2, 1.0], [1.0, 0.2]]))
+        tensor([0.1333, 0.5333])
+    """
+
+    baseline: Baseline = "zero"
+    ranking: Ranking = "pairwise"
+    temperature: float = 1.0
+    margin: float = 0.0
+
+    def __call__(self, task_losses: Tensor) -> Tensor:
+        """`(…, 1 + c)` -> `(…)`."""
+        return comparative_loss(
+            task_losses,
+            baseline=self.baseline,
+            ranking=self.ranking,
+            temperature=self.temperature,
+            margin=self.margin,
+        )
+
+
+@dataclass(frozen=True)
+class RegularizedLoss:
+    """A primary loss plus a weighted ranking of the variants, without a baseline: `(…, 1 + c)` -> `(…)`.
+
+    With several parts an example (start and end of an answer) the primary loss is that of the whole example, the mean
+    of its parts; the parts are ranked separately.
+
+    Args:
+        primary, weight, threshold, ranking, temperature, margin: as in `regularized_loss`.
+
+    Examples:
+        >>> RegularizedLoss(primary="mean")(torch.tensor([[0.2, 1.0], [1.0, 0.2]]))
+        tensor([0.6000, 1.4000])
+    """
+
+    primary: Primary = "max"
+    weight: float = 1.0
+    threshold: float | None = None
+    ranking: Ranking = "pairwise"
+    temperature: float = 1.0
+    margin: float = 0.0
+
+    def __call__(self, task_losses: Tensor) -> Tensor:
+        """`(…, 1 + c)` -> `(…)`."""
+        return regularized_loss(
+            task_losses,
+            primary=self.primary,
+            weight=self.weight,
+            threshold=self.threshold,
+            ranking=self.ranking,
+            temperature=self.temperature,
+            margin=self.margin,
+        )
+
+    def of_examples(self, losses: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum over a batch: losses `(batch, parts, 1 + c)`, weights `(batch, parts)` -> scalar."""
+        main = primary_loss(_widened((losses * weights.unsqueeze(-1)).sum(1)), self.primary)  # (batch,)
+        if not self.weight:
+            return main.sum()
+        scaled = _scaled(losses, self.ranking, self.temperature, self.margin)
+        ranked = (_rank(scaled, self.ranking, self.margin) * weights).sum()
+        if self.threshold is not None:
+            ranked = ranked * (main.detach().sum() <= self.threshold * weights.sum())
+        return main.sum() + self.weight * ranked
+
+
+def minimized(objective: Objective, shares: Tensor, weights: Tensor) -> Tensor:
+    """What is minimized: the objective of each example's own mean losses, weighted as the shares are.
+
+    Args:
+        objective: `(…, 1 + c)` -> `(…)`, or with a method `of_examples(losses, weights)` for whole examples.
+        shares: `(batch, parts, 1 + c)`, the examples' shares of the loss of each variant.
+        weights: `(batch, parts)`, the weight of an example's own mean loss in its share; 0 without a label.
+
+    Returns:
+        A scalar.
+    """
+    labelled = weights > 0
+    losses = shares / weights.masked_fill(~labelled, 1).unsqueeze(-1)
+    losses = losses.masked_fill(~labelled.unsqueeze(-1), 0)
+    of_examples = getattr(objective, "of_examples", None)
+    if of_examples is not None:
+        return of_examples(losses, weights)
+    return (objective(losses) * weights).sum()
+
+
 def comparative_loss(
     task_losses: Tensor,
     *,
@@ -43,9 +145,9 @@ def comparative_loss(
 
     Args:
         task_losses: `(..., 1 + c)` with c >= 1; column 0 is the full model, column i the i-th ablation.
-        baseline: the dummy's loss, without gradient. `"zero"`: 0. `"best"`: the smallest of the example's losses.
-            `"first"`: m = the smallest ablated loss; halfway between l(0) and m if l(0) < m, else m. A number: that
-            task loss.
+        baseline: the loss that is appended last, without gradient. `"zero"`: 0. `"best"`: the smallest of the
+            example's losses. `"first"`: m = the smallest ablated loss; halfway between l(0) and m if l(0) < m, else m.
+            A number: that task loss.
         ranking: `"pairwise"` hinge over all pairs, or `"listwise"` ListMLE.
         temperature: every task loss, and a numeric baseline, is divided by it first.
         margin: an earlier variant has to be better than a later one by this much (pairwise only), in units of the
@@ -118,7 +220,7 @@ def regularized_loss(
 
 
 def baseline_loss(losses: Tensor, baseline: Baseline) -> Tensor:
-    """The dummy's loss b for each example, a constant: `(..., 1 + c)` -> `(...)`.
+    """The baseline b for each example, a constant: `(..., 1 + c)` -> `(...)`.
 
     Raises:
         ValueError: a baseline that is neither a known name nor a number.

@@ -17,23 +17,16 @@ Source: the analyses of dropout power and context size in https://doi.org/10.114
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import EvalPrediction
-from transformers.trainer_pt_utils import EvalLoopContainer
 
-from cmp_trainer.ablations.crop import SEGMENTS
-from cmp_trainer.ablations.drop import CmpDrop, DropoutSchedule, DropoutSites, dropout_awake
-from cmp_trainer.ablations.plan import Variant
-from cmp_trainer.checks import check_dropout_sites
-from cmp_trainer.execution.random_state import RandomState, untouched_randomness
+from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.reports.ablated_evaluation import AblatedEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +36,7 @@ logger = logging.getLogger(__name__)
 KEYS = ["model", "ablation", "level"]
 # A loss has to be lower by this much to count: crops that remove nothing may differ in the last bits.
 _TOLERANCE = 1e-6
+_TIMINGS = ("runtime", "_per_second", "model_preparation_time")
 
 
 def ablation_curve(
@@ -72,37 +66,72 @@ def ablation_curve(
         ValueError: no data, no seeds, no labels, no ablation, or a model in which nothing can be dropped.
     """
     dataset = trainer.eval_dataset if dataset is None else dataset
+    if isinstance(dataset, Mapping):
+        curves = [
+            ablation_curve(trainer, one, drops=drops, crops=crops, seeds=seeds, model_name=f"{_name(trainer)}, {name}")
+            for name, one in dataset.items()
+        ]
+        return pd.concat(curves, ignore_index=True)
     if dataset is None or not seeds:
         missing = "no data: pass a dataset" if dataset is None else "no seeds: pass one or more"
         raise ValueError(f"an ablation curve needs examples and seeds; there are {missing}.")
-    plans = {"drops": [Variant(level, 0) for level in range(1 + _most_drops(trainer, drops))]}
-    plans["crops"] = [Variant(0, level) for level in range(1 + _most_crops(trainer, dataset, crops))]
-    if all(len(plan) < 2 for plan in plans.values()):
+    plans = _plans(trainer, dataset, drops, crops)
+    if not plans:
         raise ValueError(f"there is no ablation to measure: {drops} drops and no crops; ask for 1 drop or more.")
-    compute_metrics = _metrics_function(trainer)
-    runs = {
-        (ablation, seed): [_Level(compute_metrics is not None) for _ in plan]
-        for ablation, plan in plans.items()
-        for seed in seeds
-        if len(plan) > 1
+    runs = [(ablation, levels, seed) for ablation, levels in plans.items() for seed in seeds]
+    rows = []
+    for ablation, levels, seed in tqdm(runs, "ablation curve", disable=trainer.args.disable_tqdm):
+        measured = [_evaluated(trainer, dataset, level, levels[-1], seed) for level in levels]
+        shares = _violations_of(measured)
+        for number, ((metrics, _, _), violated) in enumerate(zip(measured, shares, strict=True)):
+            labelled = int((measured[0][2] > 0).any(1).sum())
+            row = {"ablation": ablation, "level": number, "seed": seed, "examples": labelled}
+            rows.append({**row, "loss": metrics.pop("loss"), "violations": violated, **metrics})
+    return pd.DataFrame([{"model": model_name or _name(trainer), **row} for row in rows])
+
+
+def _plans(trainer: Any, dataset: Any, drops: int | None, crops: int | None) -> dict[str, list[tuple[int, ...]]]:
+    """For each kind of ablation its name and the levels that are measured, all other kinds at 0."""
+    step = trainer.comparative_step()
+    plans = {}
+    for number, kind in enumerate(step.kinds):
+        trained = step.variants[-1].levels[number]
+        if isinstance(kind, CmpDrop):
+            name, most = "drops", len(kind.rates) if kind.rates else max(3, trained)
+            most = most if drops is None else drops
+        elif isinstance(kind, CmpCrop):
+            name, most = "crops", _most_segments(dataset) if crops is None else crops
+        else:
+            name, most = kind.name, trained
+        if most:
+            plans[name] = [tuple(level * (k == number) for k in range(len(step.kinds))) for level in range(1 + most)]
+    return plans
+
+
+def _evaluated(
+    trainer: Any, dataset: Any, level: tuple[int, ...], most: tuple[int, ...], seed: int
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Metrics, losses and weights `(examples, parts)` of the Trainer's own evaluation at a level of ablation."""
+    evaluation = AblatedEvaluation(trainer, level, most, seed)
+    with_metrics = _measures_metrics(trainer)
+    output = trainer.evaluation_under(evaluation, dataset, prediction_loss_only=not with_metrics)
+    metrics = {
+        name.removeprefix("eval_"): float(value)
+        for name, value in output.metrics.items()
+        if isinstance(value, int | float | np.number) and not name.endswith(_TIMINGS)
     }
-    with _dropout_awake_in_evaluation(trainer):
-        batches = trainer.get_eval_dataloader(dataset)
-        for index, inputs in enumerate(tqdm(batches, "ablation curve", disable=trainer.args.disable_tqdm)):
-            inputs = trainer._prepare_inputs(inputs)
-            if index == 0 and ("drops", seeds[0]) in runs:
-                _check_sites(trainer, inputs)
-            for (ablation, seed), levels in runs.items():
-                torch.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
-                for level, measured in zip(levels, _forwards(trainer, inputs, plans[ablation]), strict=True):
-                    level.add(*measured)
-    rows = [
-        {"ablation": ablation, "level": number, "seed": seed, **row}
-        for (ablation, seed), levels in runs.items()
-        for number, row in enumerate(_rows(levels, compute_metrics))
-    ]
-    name = model_name or str(trainer.args.output_dir).rstrip("/").rpartition("/")[2]
-    return pd.DataFrame([{"model": name, **row} for row in rows])
+    losses, weights = evaluation.losses
+    return metrics, losses, weights
+
+
+def _violations_of(measured: Sequence[tuple[Any, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Share of the labelled examples in violation at each level; an example's loss is the mean of its parts."""
+    values = np.stack([losses for _, losses, _ in measured], axis=-1)  # (examples, parts, levels)
+    present = measured[0][2] > 0
+    labelled = present.any(1)
+    if not labelled.any():
+        raise ValueError("no example has a label; an ablation curve is made of losses, so it needs them.")
+    return violations((values * present[..., None]).sum(1)[labelled] / present.sum(1)[labelled, None])
 
 
 def violations(losses: np.ndarray) -> np.ndarray:
@@ -208,119 +237,20 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-class _Level:
-    """What is measured at one level for one seed, collected over the batches."""
-
-    def __init__(self, keep_predictions: bool) -> None:
-        self.losses, self.weights = EvalLoopContainer(), EvalLoopContainer()  # (examples, parts) each
-        self.predictions, self.labels = EvalLoopContainer(), EvalLoopContainer()
-        self.keep_predictions = keep_predictions
-
-    def add(self, losses: Tensor, weights: Tensor, predictions: Any, labels: Any) -> None:
-        self.losses.add(losses.float().cpu())
-        self.weights.add(weights.float().cpu())
-        if self.keep_predictions:
-            self.predictions.add(predictions)
-            self.labels.add(labels)
-            self.predictions.to_cpu_and_numpy()
-            self.labels.to_cpu_and_numpy()
-
-
-def _rows(levels: list[_Level], compute_metrics: Callable | None) -> Iterator[dict[str, float]]:
-    """Loss, violations and metrics of each level of one run."""
-    values = np.stack(
-        [np.asarray(level.losses.get_arrays()) for level in levels], axis=-1
-    )  # (examples, parts, levels)
-    weights = np.asarray(levels[0].weights.get_arrays())  # (examples, parts)
-    present = weights > 0
-    labelled = present.any(1)
-    if not labelled.any():
-        raise ValueError("no example has a label; an ablation curve is made of losses, so it needs them.")
-    means = ((values * weights[..., None]).sum(0) / weights.sum(0).clip(min=1)[:, None]).mean(0)  # (levels,)
-    of_examples = (values * present[..., None]).sum(1)[labelled] / present.sum(1)[labelled, None]
-    for level, loss, violated in zip(levels, means, violations(of_examples), strict=True):
-        row = {"examples": int(labelled.sum()), "loss": float(loss), "violations": float(violated)}
-        if compute_metrics is not None:
-            predictions: Any = level.predictions.get_arrays()
-            labels: Any = level.labels.get_arrays()
-            prediction = EvalPrediction(predictions, labels)
-            numbers = {k: v for k, v in compute_metrics(prediction).items() if isinstance(v, int | float | np.number)}
-            row |= {name.removeprefix("eval_"): float(value) for name, value in numbers.items()}
-        yield row
-
-
-@contextmanager
-def _dropout_awake_in_evaluation(trainer: Any) -> Iterator[None]:
-    """An evaluation in which dropout drops; the random state afterwards is the one before."""
-    model = trainer.model.eval()
-    with torch.no_grad(), untouched_randomness(_devices(trainer)), dropout_awake(model):
-        yield
-
-
-def _forwards(trainer: Any, inputs: Mapping[str, Any], plan: Sequence[Variant]) -> Iterator[tuple[Any, ...]]:
-    """(losses, weights, predictions, labels) of every variant, gathered over the processes."""
-    batches = trainer._crop(inputs, num_crops=plan[-1].crops)
-    start = RandomState.capture(_devices(trainer))
-    for variant in plan:
-        start.restore()
-        batch = batches[variant.crops]
-        with CmpDrop(variant.drops, _schedule(trainer)), trainer.compute_loss_context_manager():
-            outputs = trainer.model(**trainer._model_inputs(batch))
-        losses = trainer._task_losses(outputs, batch)
-        labels = _single(tuple(batch[name] for name in trainer.label_names if name in batch))
-        predictions = _predictions(trainer, outputs)
-        pad = trainer.accelerator.pad_across_processes
-        predictions, labels = pad(predictions, dim=1, pad_index=-100), pad(labels, dim=1, pad_index=-100)
-        if trainer.preprocess_logits_for_metrics is not None:
-            predictions = trainer.preprocess_logits_for_metrics(predictions, labels)
-        yield trainer.accelerator.gather_for_metrics((losses.values, losses.weights, predictions, labels))
-
-
-def _predictions(trainer: Any, outputs: Any) -> Any:
-    """The model's outputs in the form that the Trainer hands to compute_metrics."""
-    if not isinstance(outputs, Mapping):
-        return _single(tuple(outputs))
-    ignored = getattr(getattr(trainer.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
-    return _single(tuple(value for name, value in outputs.items() if name not in (*ignored, "loss")))
-
-
-def _single(values: tuple) -> Any:
-    return values[0] if len(values) == 1 else values
-
-
-def _metrics_function(trainer: Any) -> Callable | None:
-    """compute_metrics, where it takes what a single forward gives."""
+def _measures_metrics(trainer: Any) -> bool:
+    """Whether compute_metrics takes what a single forward gives."""
     if getattr(trainer.args, "predict_with_generate", False) or trainer.args.batch_eval_metrics:
         logger.warning(
             "metrics of generated text and metrics by batch are left out of ablation curves; losses are measured."
         )
-        return None
-    return trainer.compute_metrics
+        return False
+    return trainer.compute_metrics is not None
 
 
-def _check_sites(trainer: Any, inputs: Mapping[str, Any]) -> None:
-    with DropoutSites(0) as sites:
-        trainer.model(**trainer._model_inputs(trainer._crop(inputs, num_crops=0)[0]))
-    check_dropout_sites(sites.sites, _schedule(trainer), trainer._bare_model)
-
-
-def _most_drops(trainer: Any, drops: int | None) -> int:
-    rates = _schedule(trainer).rates
-    if drops is None:
-        return len(rates) if rates else max(3, trainer.variants[-1].drops)
-    return drops
-
-
-def _most_crops(trainer: Any, dataset: Any, crops: int | None) -> int:
+def _most_segments(dataset: Any) -> int:
     """As many crops as the example with the most segments has, so that in the end every segment is gone."""
-    if crops is not None or not trainer.variants[-1].crops:
-        return crops or 0
     return max(len({int(segment) for segment in row[SEGMENTS]} - {0}) for row in dataset)
 
 
-def _schedule(trainer: Any) -> DropoutSchedule:
-    return getattr(trainer.args, "cmp_schedule", DropoutSchedule())
-
-
-def _devices(trainer: Any) -> set[torch.device]:
-    return {parameter.device for parameter in trainer.model.parameters()}
+def _name(trainer: Any) -> str:
+    return str(trainer.args.output_dir).rstrip("/").rpartition("/")[2]

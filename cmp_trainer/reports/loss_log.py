@@ -7,21 +7,26 @@ be NaN.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from cmp_trainer.ablations.plan import variant_names
 from cmp_trainer.losses.comparative import violation_rate
 
 logger = logging.getLogger(__name__)
 
 
 class LossLog:
-    """Running means over the examples seen since the last `pop`."""
+    """Running means over the examples seen since the last `pop`.
 
-    def __init__(self) -> None:
+    Args:
+        names: of the variants, the full one first.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._are_equal = False  # the variants in the latest log, which is warned of once
         # (4, parts, 1 + c + 1): weighted sums, weights, counts of the non-finite, and those of the first such batch
         self._sums: Tensor | None = None
 
@@ -29,12 +34,15 @@ class LossLog:
         return self._sums is not None
 
     def add(self, values: Tensor, weights: Tensor) -> None:
-        """Count a batch in: task losses `(batch, parts, 1 + c)` and their weights `(batch, parts)`."""
+        """Count a batch in: task losses `(batch, parts, 1 + c)` and their weights `(batch, parts)`.
+
+        Means of losses are weighted; the violation rate counts every labelled example once.
+        """
         values, weights = values.detach().float(), weights.detach().float().unsqueeze(-1)
         violations = violation_rate(values).masked_fill(~values.isfinite().all(-1), torch.nan)
         columns = torch.cat([values, violations.unsqueeze(-1)], dim=-1)  # (batch, parts, 1 + c + 1)
         finite = columns.isfinite()
-        counted = weights * finite  # (batch, parts, 1 + c + 1)
+        counted = torch.cat([weights.expand_as(values), (weights > 0).float()], dim=-1) * finite
         bad = ((~finite) & (weights > 0)).float().sum(0)
         sums = torch.stack([(columns.nan_to_num(0, 0, 0) * counted).sum(0), counted.sum(0), bad, bad])
         if self._sums is not None:
@@ -55,11 +63,22 @@ class LossLog:
         self._sums = None
         means = totals / weights.clamp(min=1e-12)
         means = means.masked_fill((weights == 0) & (not_finite > 0), torch.nan).mean(0).tolist()
-        names = variant_names(len(means) - 2)
+        names = self.names
         if not_finite.any():
             _warn(names, not_finite.sum(0).tolist(), first.sum(0).tolist())
+        self._warn_if_equal(means[:-1], names)
         labels = [*(f"{prefix}loss_{name}" for name in names), f"{prefix}violation_rate"]
         return dict(zip(labels, means, strict=True))
+
+    def _warn_if_equal(self, means: list[float], names: list[str]) -> None:
+        are_equal = len(set(means)) == 1 and len(names) > 1
+        if are_equal and not self._are_equal:
+            logger.warning(
+                "all variants had the same loss since the last log (%.4g): nothing is taken away at present. Is the "
+                "dropout rate 0?",
+                means[0],
+            )
+        self._are_equal = are_equal
 
 
 def _warn(names: list[str], counts: list[float], first_counts: list[float]) -> None:

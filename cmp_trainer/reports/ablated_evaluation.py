@@ -1,0 +1,140 @@
+"""Evaluation under ablation: the Trainer's own evaluation, with the losses of examples noted on the way.
+
+`VariantsInEvaluation` follows an ordinary evaluation and, under --cmp_eval_ablations, notes what every variant's loss
+is on its batches. `AblatedEvaluation` is for curves: the evaluation itself runs at one level of ablation, so that
+loss and metrics are what the Trainer makes of an ablated model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmp_trainer.ablations.crop import SEGMENTS
+from cmp_trainer.checks import train_mode_except_batch_norm
+from cmp_trainer.execution.random_state import preserve_rng_state
+from cmp_trainer.reports.loss_log import LossLog
+
+
+class VariantsInEvaluation:
+    """An ordinary evaluation, with the losses of all variants beside it where the arguments ask for them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.is_on = bool(trainer.num_ablations and getattr(trainer.args, "cmp_eval_ablations", False))
+        self.log: LossLog | None = None
+
+    def prediction_step(self, chain: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's prediction step on the full input; then the variants' losses are noted."""
+        trainer = self.trainer
+        loss, logits, labels = chain(model, without_segments(inputs), *args, **kwargs)
+        if (
+            loss is not None
+            and trainer.per_example_loss_func
+            and getattr(trainer.args, "predict_with_generate", False)
+        ):
+            with torch.no_grad(), trainer.compute_loss_context_manager():  # else generation reports the model's own
+                prepared = without_segments(trainer._prepare_inputs(inputs))
+                loss = type(trainer).compute_loss(trainer, model, prepared).detach()
+        if self.is_on and loss is not None:
+            self._note(model, trainer._prepare_inputs(inputs))
+        return loss, logits, labels
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The variants' mean losses and the violation rate, under names that begin with the prefix."""
+        return {} if self.log is None else self.log.pop(prefix=prefix)
+
+    def _note(self, model: Any, inputs: Any) -> None:
+        """Compare the variants of a batch, with masks that depend on the seed and the batch alone."""
+        trainer, step = self.trainer, self.trainer.comparative_step(model)
+        devices = step._devices(inputs)
+        with preserve_rng_state(devices), train_mode_except_batch_norm(model), trainer.compute_loss_context_manager():
+            torch.manual_seed(trainer.args.seed)
+            losses = step.losses(inputs, evaluated_loss(trainer))
+        if losses is None:
+            return
+        rows = losses.weights.shape[0]
+        values, weights = trainer.accelerator.gather_for_metrics((losses.values, losses.weights * rows))
+        self.log = self.log or LossLog([variant.name for variant in step.variants])
+        self.log.add(values, weights)
+
+
+class AblatedEvaluation:
+    """An evaluation of the model at a level of ablation.
+
+    Args:
+        trainer: a CmpTrainer.
+        levels: the level of every kind.
+        most: the most ablated variant of the curve, so that crops of all levels are drawn alike.
+        seed: of the masks.
+    """
+
+    def __init__(self, trainer: Any, levels: tuple[int, ...], most: tuple[int, ...], seed: int) -> None:
+        self.trainer, self.levels, self.most, self.seed = trainer, levels, most, seed
+        self._values: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._batches = 0
+
+    def prediction_step(self, chain: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's prediction step under ablation; the losses of the examples are kept."""
+        trainer, step = self.trainer, self.trainer.comparative_step(model)
+        inputs = trainer._prepare_inputs(inputs)
+        with preserve_rng_state(step._devices(inputs)), train_mode_except_batch_norm(model):
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, self._batches]).generate_state(1)[0]))
+            batch = without_segments(step.batch_at(inputs, self.levels, self.most))
+            with trainer.replaced_loss(self._loss):
+                result = chain(model, batch, *args, **kwargs)
+        self._batches += 1
+        return result
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """None besides the Trainer's."""
+        return {}
+
+    @property
+    def losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Losses and weights of the examples, `(examples, parts)` each."""
+        if not self._values:
+            raise ValueError("no example has a label; an ablation curve is made of losses, so it needs them.")
+        return torch.cat(self._values).numpy(), torch.cat(self._weights).numpy()
+
+    def _loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss_fn = evaluated_loss(self.trainer, return_outputs, **kwargs)
+        loss, losses = self.trainer.comparative_step(model).measure(inputs, loss_fn, self.levels)
+        if losses is not None:
+            gathered = self.trainer.accelerator.gather_for_metrics(tuple(losses))
+            self._values.append(gathered[0].float().cpu())
+            self._weights.append(gathered[1].float().cpu())
+        return (loss, loss_fn.outputs) if return_outputs else loss
+
+
+class evaluated_loss:
+    """`loss_fn(model, batch)`: what the trainer's chain of compute_loss returns in an evaluation."""
+
+    def __init__(self, trainer: Any, return_outputs: bool = False, **kwargs: Any) -> None:
+        self.trainer, self.return_outputs, self.kwargs = trainer, return_outputs, kwargs
+        self.outputs: Any = None
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        result = type(self.trainer).compute_loss(
+            self.trainer, model, batch, return_outputs=self.return_outputs, **self.kwargs
+        )
+        loss, self.outputs = result if isinstance(result, tuple) else (result, None)
+        return loss
+
+
+def without_segments(inputs: Any) -> Any:
+    """The batch without the column that only crops read."""
+    if isinstance(inputs, Mapping) and SEGMENTS in inputs:
+        return {name: value for name, value in inputs.items() if name != SEGMENTS}
+    return inputs
+
+
+def without_variants(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Metrics of an evaluation without what the variants of these names added."""
+    added = (*(f"_loss_{name}" for name in names), "_violation_rate")
+    return {name: value for name, value in metrics.items() if not name.endswith(added)}

@@ -1,0 +1,422 @@
+"""One comparative step of any PyTorch model, in any loop.
+
+    batch -> crop -> for each variant: restore the random state, enter the ablations, run the loss, read the shares
+          -> objective over the shares + the rest of the full model's loss -> log
+
+The loss is whatever would have been minimized anyway: `model(**batch).loss`, or what a function of your own returns.
+Nothing here knows a Trainer; CmpTrainer is built on this.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cmp_trainer import checks
+from cmp_trainer.ablations.crop import CmpCrop, removed_tokens
+from cmp_trainer.ablations.plan import Variant, variants_of
+from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.execution.forwards import Forwards, LossFunction, versions
+from cmp_trainer.execution.low_memory import loss_in_backward
+from cmp_trainer.execution.one_forward import devices_of, in_one_forward, inner_model
+from cmp_trainer.execution.random_state import RandomState, preserve_rng_state, rng_restart
+from cmp_trainer.execution.stacking import Stacking, prefer_stacked
+from cmp_trainer.losses.comparative import ComparativeLoss, Objective, minimized
+from cmp_trainer.losses.layouts import entries, is_label
+from cmp_trainer.losses.shares import (
+    CannotCompare,
+    Forward,
+    Plan,
+    Replan,
+    Shares,
+    deviation,
+    make_plan,
+    read_shares,
+    tolerance,
+)
+from cmp_trainer.reports.loss_log import LossLog
+
+logger = logging.getLogger(__name__)
+
+ForwardChoice = Literal["auto", "sequential", "stacked"]
+_CHECK_EVERY = 64  # steps after which the sign test's result is read from an accelerator, besides at each log
+
+
+class VariantLosses(NamedTuple):
+    """Each example's own mean losses of every variant, `(batch, parts, 1 + c)`, and their weights `(batch, parts)`."""
+
+    values: Tensor
+    weights: Tensor
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a model returns, as `loss`, under that key, or as the first of a tuple.
+
+    Raises:
+        ValueError: there is none.
+    """
+    outputs = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    if isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    else:
+        loss = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", outputs)
+    if not isinstance(loss, Tensor):
+        given = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ValueError(
+            f"the model returned no loss, only {given}. Add labels to the batch, or call step(batch, loss_fn) with "
+            "loss_fn(model, batch) -> scalar."
+        )
+    return loss
+
+
+model_loss.stackable = True  # pyright: ignore[reportFunctionMemberAccess]  looks at nothing but the model's loss
+
+
+class ComparativeStep:
+    """A training step's loss with comparative loss: `step(batch).backward()`.
+
+    Args:
+        model: any module in train mode, also wrapped by DistributedDataParallel, torch.compile, PEFT or accelerate.
+        ablations: one for each ablated variant, from least to most ablated; each goes one level further in its kind.
+            `cmp_trainer.plan(num_ablations=2)` makes them.
+        objective: `(…, 1 + c) -> (…)` over the examples' own mean losses: ComparativeLoss, RegularizedLoss, or any
+            callable.
+        forward: `sequential`, one forward a variant; `stacked`, one forward for all drop variants; `auto`, stacked
+            where that was measured to be faster and was found to be right.
+        low_memory: exact gradients at the activation memory of one variant, for 1 + c more forwards.
+        processing_class, data_collator: the tokenizer and the data collator, which crops take their padding from.
+
+    Raises:
+        ValueError: a setting in which nothing can be compared; in the first step, a model or a loss of which that is
+            found out. The message says what was found and what to do.
+
+    Examples:
+        >>> from torch import nn
+        >>> from cmp_trainer import CmpDrop, ComparativeLoss, ComparativeStep
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+        >>> step = ComparativeStep(model, [CmpDrop(), CmpDrop()], ComparativeLoss(baseline="first"))
+        >>> def loss_fn(model, batch):
+        ...     return nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+        >>> loss = step({"x": torch.randn(6, 4), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}, loss_fn)
+        >>> loss.backward()
+        >>> list(step.log())
+        ['loss_full', 'loss_ablated_1', 'loss_ablated_2', 'violation_rate']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ablations: Iterable[Ablation],
+        objective: Objective | None = None,
+        *,
+        forward: ForwardChoice = "auto",
+        low_memory: bool = False,
+        processing_class: Any = None,
+        data_collator: Any = None,
+    ) -> None:
+        self.model = model
+        self.objective: Objective = ComparativeLoss() if objective is None else objective
+        self.forward, self.low_memory = forward, low_memory
+        bare = bare_model(model)
+        bound: dict[Any, Ablation] = {}
+        given = list(ablations)
+        checks.check_ablations(given)
+        for ablation in given:
+            bound.setdefault(ablation, ablation.for_model(bare, processing_class, data_collator))
+        self.kinds, self.variants = variants_of([bound[ablation] for ablation in given])
+        checks.check_step(self)
+        self.losses_log = LossLog([variant.name for variant in self.variants])
+        self.settings_may_change = False  # whether callbacks may change dropout rates later on
+        self.num_comparisons = 0
+        self._plans: dict[bool, Plan] = {}
+        self._stacking: Stacking | None = None
+        self._checked = self._copies = False
+        self._batches_seen = self._next_replan = 0
+        self._deviation: Tensor | None = None
+        self._removed: Tensor | None = None
+
+    def __call__(self, batch: Any, loss_fn: LossFunction | None = None) -> Tensor:
+        """The loss to minimize: that of the comparison, and the rest of the full model's loss.
+
+        Args:
+            batch: a mapping or sequence of tensors, whose first dimension is the batch.
+            loss_fn: `(model, batch) -> scalar`; `model(**batch).loss` by default. It is called once for each variant,
+                for the full one first.
+
+        Raises:
+            ValueError: the loss cannot be compared; says why.
+        """
+        run = partial(self._step, batch, loss_fn or model_loss)
+        if self.low_memory and torch.is_grad_enabled():
+            return run(inner_model(self.model))
+        return in_one_forward(self.model, run)
+
+    def log(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """Mean losses of the variants and the violation rate since the last call; empty when nothing was compared.
+
+        Args:
+            reduce: sums a tensor over the processes.
+        """
+        self._check_deviation()
+        return self.losses_log.pop(reduce)
+
+    def losses(self, batch: Any, loss_fn: LossFunction | None = None, variants: Sequence[Variant] | None = None):
+        """VariantLosses of a batch without a gradient, of all variants by default; the random state is unchanged."""
+        loss_fn, model = loss_fn or model_loss, inner_model(self.model)
+        devices = self._devices(batch)
+        variants = self.variants if variants is None else variants
+        with preserve_rng_state(devices), torch.no_grad():
+            batches = self._batches(batch, variants)
+            forwards = Forwards(model, loss_fn, self.kinds, RandomState.capture(devices), self._copies)
+            plan = self._plan_of(forwards, batch, variants[0], batches)
+            if plan is None:
+                return None
+            shares = [self._read(forwards, plan, batches, variant) for variant in variants]
+        weights = shares[0].weights
+        values = torch.stack([one.values for one in shares], -1) / weights.masked_fill(weights == 0, 1).unsqueeze(-1)
+        return VariantLosses(values, weights)
+
+    def batch_at(self, batch: Any, levels: tuple[int, ...], most: tuple[int, ...]) -> Any:
+        """A batch at a level of every kind, drawn as if up to the level `most` were asked for."""
+        return self._batches(batch, [Variant("", most)])[levels]
+
+    def measure(self, batch: Any, loss_fn: LossFunction, levels: tuple[int, ...]) -> tuple[Tensor, Any]:
+        """The loss of a batch at a level of every kind, and VariantLosses `(batch, parts)` of its examples, None where
+        nothing has a label. Runs from the random state that it finds; without a gradient."""
+        model, batches = inner_model(self.model), {levels: batch}
+        with torch.no_grad():
+            forwards = Forwards(model, loss_fn, self.kinds, RandomState.capture(self._devices(batch)), self._copies)
+            plan = self._plan_of(forwards, batch, Variant("", levels), batches)
+            forward = forwards.run(batch, levels, only=set() if plan is None else plan.places)
+            if plan is None:
+                return forward.loss, None
+            shares = read_shares(forward, plan, batch)
+        weights = shares.weights
+        return forward.loss.detach(), VariantLosses(shares.values / weights.masked_fill(weights == 0, 1), weights)
+
+    def check_again(self) -> None:
+        """Check the next batch as the first one was checked: something that the checks depend on was changed."""
+        self._checked, self._stacking, self._plans = False, None, {}
+
+    def check_end(self) -> None:
+        """What can only be seen when a training is over.
+
+        Raises:
+            ValueError: crops never removed anything.
+        """
+        self._check_deviation()
+        checks.check_crops_removed(self._removed)
+
+    # --- a step ---
+
+    def _step(self, batch: Any, loss_fn: LossFunction, model: nn.Module) -> Tensor:
+        devices = self._devices(batch)
+        with rng_restart(devices):  # where an error leaves the random state, crops included
+            batches = self._batches(batch, self.variants)
+            forwards = Forwards(model, loss_fn, self.kinds, RandomState.capture(devices), self._copies)
+            if not self._checked:
+                self._check_first(forwards, batches)
+            if hasattr(loss_fn, "begin"):
+                loss_fn.begin()  # what was run so far were checks
+            end = self._run(forwards, batches, devices)
+        self._batches_seen += 1
+        self._note_removed(batches)
+        return end
+
+    def _run(self, forwards: Forwards, batches: Mapping[tuple, Any], devices: set[torch.device]) -> Tensor:
+        full = batches[self.variants[0].levels]
+        if self.low_memory and torch.is_grad_enabled():
+            return self._low_memory(forwards, batches, devices)
+        if not torch.is_grad_enabled():
+            raise ValueError("a comparative step needs gradients; step.losses(batch) measures without them.")
+        if self._stacking is not None and prefer_stacked(full, self.forward):
+            stacked = self._stacking.run(forwards, batches, self.variants)
+            if stacked is not None:
+                return self._minimized(stacked)
+        before = versions(full)
+        forward, shares = self._full(forwards, full)
+        if not self._copies and versions(full) != before:
+            raise CannotCompare(
+                "the model writes into the tensors of its batch, which it did not do on the first batch, so the "
+                "ablated variants would see other inputs. Make it work on copies."
+            )
+        if shares is None:
+            return forward.loss  # nothing in this batch has a label
+        end = RandomState.capture(devices)
+        every = [shares, *(self._read(forwards, self._plan, batches, variant) for variant in self.variants[1:])]
+        end.restore()
+        return self._minimized(every)
+
+    def _minimized(self, shares: Sequence[Shares]) -> Tensor:
+        values, weights = torch.stack([one.values for one in shares], -1), shares[0].weights  # (batch, parts, 1 + c)
+        self._note(values, weights)
+        return minimized(self.objective, values, weights) + shares[0].rest
+
+    def _note(self, values: Tensor, weights: Tensor) -> None:
+        losses = values.detach() / weights.masked_fill(weights == 0, 1).unsqueeze(-1)
+        self.losses_log.add(losses, weights)
+        self.num_comparisons += 1
+
+    def _low_memory(self, forwards: Forwards, batches: Mapping[tuple, Any], devices: set[torch.device]) -> Tensor:
+        variants = self.variants
+        with torch.no_grad():
+            first = forwards.run(batches[variants[0].levels], variants[0].levels, only=self._plan.places)
+            end = RandomState.capture(devices)
+            full = read_shares(first, self._plan, batches[variants[0].levels])
+            shares = [full, *(self._read(forwards, self._plan, batches, variant) for variant in variants[1:])]
+        weights = full.weights
+        leaf = torch.stack([one.values for one in shares], -1).detach().requires_grad_()
+        value = minimized(self.objective, leaf, weights)
+        (factors,) = torch.autograd.grad(value, leaf)
+        self._note(leaf, weights)
+        wrapped = self.model
+
+        def term(index: int, model: nn.Module) -> Tensor:
+            ours = Forwards(model, forwards.loss_fn, self.kinds, forwards.start, self._copies)
+            shares = self._read(ours, self._plan, batches, variants[index])
+            scalar = (shares.values * factors[..., index]).sum()
+            return scalar + shares.rest if index == 0 else scalar
+
+        terms = [partial(term, index, forwards.model) for index in range(1, len(variants))]
+        terms.append(lambda: in_one_forward(wrapped, partial(term, 0)))
+        end.restore()
+        return loss_in_backward(value.detach() + full.rest.detach(), terms, devices)
+
+    # --- shares ---
+
+    @property
+    def _plan(self) -> Plan:
+        return self._plans[True]
+
+    def _full(self, forwards: Forwards, batch: Any) -> tuple[Forward, Shares | None]:
+        """The full model's loss and shares, planned anew where the plan does not fit this batch."""
+        levels, plan = self.variants[0].levels, self._plans.get(True)
+        again = plan is not None and plan.undecided and self._batches_seen >= self._next_replan
+        if plan is not None and not again:
+            forward = forwards.run(batch, levels)
+            try:
+                shares = read_shares(forward, plan, batch)
+                if self._passes(shares, forward, plan):
+                    return forward, shares
+            except Replan:
+                pass
+            if _is_unlabelled(batch):
+                return forward, None
+        self._next_replan = 2 * self._batches_seen + 1
+        forward = forwards.run(batch, levels, watch=True)
+        plan = self._find_plan(forwards, forward, batch)
+        if plan is None:
+            return forward, None
+        self._plans[True] = plan
+        return forward, read_shares(forward, plan, batch)
+
+    def _find_plan(self, forwards: Forwards, forward: Forward, batch: Any) -> Plan | None:
+        """A plan made on this batch; None where none of it has a label."""
+        if _is_unlabelled(batch):
+            return None
+        checks.check_finite(forward.loss)
+        levels = self.variants[0].levels
+        with preserve_rng_state(self._devices(batch)):
+            try:
+                plan = make_plan(lambda other: forwards.run(other, levels, watch=True), forward, batch)
+            except CannotCompare:
+                if not forward.loss.detach().any():
+                    return None
+                raise
+        if plan.crosses:
+            logger.warning(
+                "an example's loss depends on other rows of the batch too (in-batch negatives, for instance): what "
+                "is compared is the term that the loss holds for each example."
+            )
+        return plan
+
+    def _plan_of(self, forwards: Forwards, batch: Any, full: Variant, batches: Mapping[tuple, Any]) -> Plan | None:
+        """The plan for evaluation, made with a graph where there is none yet."""
+        model = forwards.model
+        if model.training in self._plans:
+            return self._plans[model.training]
+        with torch.enable_grad():
+            forward = forwards.run(batches[full.levels], full.levels, watch=True)
+            plan = self._find_plan(forwards, forward, batches[full.levels])
+        if plan is not None:
+            self._plans[model.training] = plan
+        return plan
+
+    def _read(self, forwards: Forwards, plan: Plan, batches: Mapping[tuple, Any], variant: Variant) -> Shares:
+        only = None if torch.is_grad_enabled() else plan.places
+        forward = forwards.run(batches[variant.levels], variant.levels, only=only)
+        try:
+            return read_shares(forward, plan, batches[variant.levels])
+        except Replan as replan:
+            raise CannotCompare(
+                f"the loss of the variant {variant.name} is not made as the full model's: {replan}. A loss that takes "
+                "another path under ablation cannot be compared."
+            ) from replan
+
+    def _passes(self, shares: Shares, forward: Forward, plan: Plan) -> bool:
+        """The sign test of this batch; on an accelerator its result is read later, so that nothing waits for it."""
+        found = deviation(shares, forward, plan)
+        if found is None:
+            return True
+        if found.device.type == "cpu":
+            return not found > tolerance(forward.loss)
+        found = found / tolerance(forward.loss)
+        self._deviation = found if self._deviation is None else torch.maximum(self._deviation, found)
+        if self._batches_seen % _CHECK_EVERY == _CHECK_EVERY - 1:
+            self._check_deviation()
+        return True
+
+    def _check_deviation(self) -> None:
+        if self._deviation is not None:
+            found, self._deviation = float(self._deviation), None
+            checks.check_sign_test(found)
+
+    # --- what a step starts from ---
+
+    def _devices(self, batch: Any) -> set[torch.device]:
+        return devices_of(self.model, [value for _, value in entries(batch) if isinstance(value, Tensor)])
+
+    def _batches(self, batch: Any, variants: Sequence[Variant]) -> dict[tuple[int, ...], Any]:
+        """The batch of every variant, by its levels."""
+        found: dict[tuple[int, ...], Any] = {(): batch}
+        for number, kind in enumerate(self.kinds):
+            most = max(variant.levels[number] for variant in variants)
+            found = {
+                (*levels, level): one
+                for levels, before in found.items()
+                for level, one in enumerate(kind.batches(before, most))
+            }
+        return found
+
+    def _note_removed(self, batches: Mapping[tuple[int, ...], Any]) -> None:
+        if any(isinstance(kind, CmpCrop) for kind in self.kinds):
+            removed = removed_tokens(batches[self.variants[0].levels], batches[self.variants[-1].levels])
+            self._removed = removed if self._removed is None else self._removed + removed
+
+    def _check_first(self, forwards: Forwards, batches: dict[tuple[int, ...], Any]) -> None:
+        """Run the checks on this batch; they wait for one with a label."""
+        self._copies = forwards.copies = checks.writes_into_inputs(forwards, batches[self.variants[0].levels], self)
+        with preserve_rng_state(forwards.start.devices):
+            found = checks.check_first_batch(self, forwards, batches)
+        if found:
+            self._checked = True
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The user's model inside of what training wraps around it."""
+    model = inner_model(model)
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+def _is_unlabelled(batch: Any) -> bool:
+    """Whether every label of the batch is ignored."""
+    labels = [
+        value for name, value in entries(batch) if is_label(name) and isinstance(value, Tensor) and value.numel()
+    ]
+    return bool(labels) and all(not value.is_floating_point() and bool((value == -100).all()) for value in labels)
