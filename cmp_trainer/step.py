@@ -298,7 +298,7 @@ class ComparativeStep:
         levels, plan = self.variants[0].levels, self._plans.get(True)
         again = plan is not None and plan.undecided and self._batches_seen >= self._next_replan
         if plan is not None and not again:
-            forward = forwards.run(batch, levels)
+            forward = forwards.run(batch, levels, watch=not plan.anchors and not plan.crosses)
             try:
                 shares = read_shares(forward, plan, batch)
                 if self._passes(shares, forward, plan):

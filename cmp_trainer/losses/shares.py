@@ -18,7 +18,8 @@ sign test guards it on every batch after that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from cmp_trainer.losses.reductions import Place, Reduction, Reductions
 TOLERANCE = 1e-3
 """Largest deviation in the sign test, relative to the largest gradient; half precision gets TOLERANCE_HALF."""
 TOLERANCE_HALF = 3e-2
+_LATEST = 3  # activations that the sign test looks at where it cannot look at outputs
 ROUNDS = 8  # reductions inside of reductions are looked into this deep
 
 
@@ -124,9 +126,14 @@ def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place
 def deviation(shares: Shares, forward: Forward, plan: Plan) -> Tensor | None:
     """The sign test: how far the shares are from being the rows' own, a scalar on the device; None without a graph."""
     anchors = [forward.outputs[index] for index in plan.anchors if index < len(forward.outputs)]
-    if plan.crosses or not anchors or not shares.values.requires_grad:
+    if plan.crosses or not shares.values.requires_grad:
         return None
-    errors = [error for error in _sign_errors(shares.values.sum(1), anchors) if error is not None]
+    values = shares.values.sum(1)
+    if not anchors:
+        inside = _sign_errors_inside(values, forward.activations[::-1], len(values) * plan.rows_per_example)
+        errors = list(itertools.islice(inside, _LATEST))
+        return torch.stack(errors).min() if errors else None
+    errors = [error for error in _sign_errors(values, anchors) if error is not None]
     return torch.stack([error.float() for error in errors]).max() if errors else None
 
 
@@ -174,9 +181,9 @@ class _Planner:
     ) -> None:
         self.run, self.first, self.batch, self.rows = run, first, batch, rows
         self.result = Plan(rows_per_example)
-        outputs = [tensor for tensor in first.outputs if _has_rows(tensor, rows)]
-        reached = _gradients(first.loss, outputs)
-        self.anchors = [tensor for tensor, gradient in zip(outputs, reached, strict=True) if _nonzero(gradient)]
+        self.anchors = _reached(first.loss, first.outputs, rows * rows_per_example)
+        if not self.anchors:  # chosen and rejected answers may run as one batch of twice the rows
+            self.anchors = _reached(first.loss, first.outputs, 2 * rows * rows_per_example)
         self.moved = self._with_labels_exchanged()
         self.moved_outputs = self._outputs_moved()
 
@@ -238,14 +245,11 @@ class _Planner:
         errors = [float(error) for error in _sign_errors(values, self.anchors) if error is not None]
         if errors:
             return max(errors)
-        for activation in reversed(self.first.activations):
-            if reduction is not None and activation.numel() == reduction.elements.numel():
-                continue  # what the elements are made of by row says nothing
-            if _has_rows(activation, self.rows):
-                errors = [float(error) for error in _sign_errors(values, [activation]) if error is not None]
-                if errors:
-                    return errors[0]
-        return None
+        same_size = 0 if reduction is None else reduction.elements.numel()  # made of the elements, by their row
+        rows = self.rows * self.result.rows_per_example
+        # The earliest one: later ones may have another dimension of that size first.
+        inside = _sign_errors_inside(values, self.first.activations, rows, same_size)
+        return next((float(error) for error in inside), None)
 
     def _follows_labels(self, number: int) -> bool:
         """Whether this reduction moves with the labels of the batch; True where that cannot be found out."""
@@ -457,6 +461,22 @@ def _sign_errors(values: Tensor, anchors: Sequence[Tensor]) -> list[Tensor | Non
         _row_deviation(a, b, weights) if a is not None and b is not None else None
         for a, b in zip(whole, weighted, strict=True)
     ]
+
+
+def _sign_errors_inside(
+    values: Tensor, activations: Sequence[Tensor], rows: int, same_size: int = 0
+) -> Iterator[Tensor]:
+    """The sign test at the activations by row that the values pass through, in the order given."""
+    for activation in activations:
+        if len(activation) == rows and activation.numel() != same_size:
+            yield from (error for error in _sign_errors(values, [activation]) if error is not None)
+
+
+def _reached(loss: Tensor, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """The tensors of so many rows that the loss passes through."""
+    found = [tensor for tensor in tensors if tensor.ndim and tensor.requires_grad and len(tensor) == rows]
+    pairs = zip(found, _gradients(loss, found), strict=True)
+    return [tensor for tensor, gradient in pairs if _nonzero(gradient)]
 
 
 def _row_deviation(whole: Tensor, weighted: Tensor, weights: Tensor) -> Tensor | None:
