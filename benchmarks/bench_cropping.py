@@ -22,7 +22,8 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForQuestionAnswering, LongformerConfig, LongformerForQuestionAnswering
 
-from cmp_trainer.ablations.crop import CmpCrop, crop_batch
+from cmp_trainer.ablations.crop import CmpCrop
+from cmp_trainer.ablations.crop_columns import crop_batch
 
 BATCH, LENGTH, SEGMENTS = 8, 2048, 15
 
@@ -38,8 +39,8 @@ def main() -> None:
     torch.manual_seed(0)
 
     inputs = batch()
-    crop = CmpCrop(1, pad_values={"input_ids": 0})
-    cropping = median_time(lambda: crop(inputs), 20)
+    crop = CmpCrop(pad_values={"input_ids": 0})
+    cropping = median_time(lambda: crop.batches(inputs, num_levels=1), 20)
     numbers: dict[str, Any] = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -19,7 +19,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, EvalPrediction
 
-from cmp_trainer.ablations.crop import SEGMENTS, CmpCropCollator
+from cmp_trainer.ablations.crop_collator import CmpCropCollator
+from cmp_trainer.ablations.crop_columns import SEGMENTS
 from cmp_trainer.scripting import check_texts
 
 TASKS = ("text-classification", "question-answering", "tokenized")

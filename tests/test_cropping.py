@@ -1,4 +1,4 @@
-"""CmpCrop: what a crop keeps, where everything moves, and what is refused."""
+"""CmpCrop: what a crop keeps, where everything moves, and what is rejected."""
 
 import re
 from itertools import pairwise
@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.testing import assert_close
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForTokenClassification,
+    BertLMHeadModel,
     DataCollatorForSeq2Seq,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     LongformerConfig,
     LongformerForQuestionAnswering,
     PreTrainedTokenizerFast,
@@ -24,7 +32,11 @@ from transformers import (
 )
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
-from cmp_trainer.ablations.crop import CmpCrop, CmpCropCollator, check_croppable, crop_batch, nested_keeps
+from cmp_trainer.ablations.crop import CmpCrop, nested_keeps, removed_tokens, shifts_labels
+from cmp_trainer.ablations.crop_checks import check_croppable
+from cmp_trainer.ablations.crop_collator import CmpCropCollator
+from cmp_trainer.ablations.crop_columns import crop_batch
+from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.ablations.segments import crop_segments_from_sequence_ids, crop_segments_from_spans
 
 FIRST_ID = 100  # token t of an example has the id FIRST_ID + t, so a token can be told after it moved
@@ -75,7 +87,7 @@ any_order = st.sampled_from(["random", "prefix"])
 
 def crops_of(batch, num_crops=3, order="random", seed=0, **options):
     torch.manual_seed(seed)
-    return CmpCrop(num_crops, order, pad_values={"input_ids": 0}, **options)(batch)
+    return CmpCrop(order, pad_values={"input_ids": 0}, **options).batches(batch, num_crops)
 
 
 def tokens(batch, example):
@@ -146,14 +158,14 @@ def test_segment_numbers_may_have_gaps_and_be_large():
     assert not keeps[:, 0, 3][1:].any()
 
 
-def test_more_crops_than_segments_stay_at_none():
+def test_crops_beyond_the_last_segment_keep_none():
     keeps = nested_keeps(torch.tensor([[0, 1], [0, 0]]), 40)
     assert (keeps[1:] == torch.tensor([[True, False], [True, True]])).all()
 
 
 @fast
 @given(any_batch, st.integers(0, 3))
-def test_the_seed_decides_the_crops(batch, seed):
+def test_the_same_seed_draws_the_same_crops(batch, seed):
     for one, other in zip(crops_of(batch, seed=seed), crops_of(batch, seed=seed), strict=True):
         assert_close(one, other, rtol=0, atol=0)
 
@@ -221,8 +233,8 @@ def test_a_row_with_nothing_to_remove_equals_the_full_one(batch, order):
 
 @fast
 @given(any_batch)
-def test_no_crops_leave_the_batch_as_it_was(batch):
-    (full,) = CmpCrop(0)(batch)
+def test_without_crops_the_batch_is_unchanged(batch):
+    (full,) = CmpCrop().batches(batch, num_levels=0)
     assert "crop_segments" not in full
     assert all(full[name] is batch[name] for name in full)
     assert set(full) | {"crop_segments"} == set(batch)
@@ -230,7 +242,7 @@ def test_no_crops_leave_the_batch_as_it_was(batch):
 
 @fast
 @given(any_batch)
-def test_the_full_variant_holds_the_very_tensors_of_the_batch(batch):
+def test_level_0_has_the_same_tensors_as_the_batch(batch):
     before = {name: value.clone() for name, value in batch.items()}
     full = crops_of(batch)[0]
     assert all(full[name] is batch[name] for name in full)
@@ -268,7 +280,7 @@ def test_left_padded_batches_stay_left_padded():
     assert crop["input_ids"].tolist() == [[1, 3, 4], [0, 0, 6]]
 
 
-def test_a_padding_side_is_obeyed_where_the_batch_shows_none():
+def test_a_given_padding_side_is_used_when_the_batch_has_no_padding():
     batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
     batch["crop_segments"] = torch.tensor([[0, 0, 0], [0, 1, 0]])
     assert crops_of(batch, 1, padding_side="left")[1]["input_ids"].tolist() == [[1, 2, 3], [0, 4, 6]]
@@ -291,7 +303,7 @@ def test_positions_outside_the_row_stay_ignored(position):
     assert crop["start_positions"].tolist() == crop["end_positions"].tolist() == [position]
 
 
-def test_columns_of_a_decoder_and_multi_label_targets_are_not_cropped_though_their_shape_fits():
+def test_decoder_columns_and_multi_label_targets_are_not_cropped_even_if_their_shape_fits():
     batch = small_batch() | {
         "decoder_input_ids": torch.ones(1, 4, dtype=torch.long),
         "labels": torch.tensor([[1.0, 0.0, 1.0, 0.0]]),
@@ -308,6 +320,124 @@ def small_batch():
         "attention_mask": torch.tensor([[1, 1, 1, 1]]),
         "crop_segments": torch.tensor([[0, 1, 2, 0]]),
     }
+
+
+# --- labels of causal language models: position i predicts label i + 1 ---
+
+
+def predicted_labels(batch):
+    """The labels of each row that a causal language model predicts: all but column 0."""
+    return [row[row != -100].tolist() for row in batch["labels"][:, 1:]]
+
+
+def loses_its_first_label(batch):
+    """(batch,) bool: the first token that stays has a label, and removable tokens before it."""
+    lost = []
+    for segments, mask, labels in zip(batch["crop_segments"], batch["attention_mask"], batch["labels"], strict=True):
+        staying = [t for t in range(len(mask)) if mask[t] and segments[t] == 0]
+        lost.append(bool(labels[staying[0]] != -100 and segments[: staying[0]].any()))
+    return torch.tensor(lost)
+
+
+@settings(deadline=None, max_examples=200)
+@given(any_batch, any_order, st.integers(1, 4))
+def test_a_causal_model_predicts_the_same_labels_in_every_crop(batch, order, multiple):
+    lost = loses_its_first_label(batch)
+    batch["labels"][lost] = -100
+    for crop in crops_of(batch, 3, order, shifts_labels=True, pad_to_multiple_of=multiple):
+        assert predicted_labels(crop) == predicted_labels(batch)
+
+
+@settings(deadline=None, max_examples=200)
+@given(any_batch)
+def test_a_row_whose_first_label_could_be_lost_is_rejected_and_no_other(batch):
+    lost = loses_its_first_label(batch)
+    crops_of(batch)  # no label is lost where labels are not shifted
+    if lost.any():
+        with pytest.raises(ValueError, match=f"Example {lost.int().argmax()} .* first token that stays is predicted"):
+            crops_of(batch, shifts_labels=True)
+    else:
+        crops_of(batch, shifts_labels=True)
+
+
+@pytest.mark.parametrize("fix", [{"crop_segments": [[0, 1, 0, 0]]}, {"labels": [[-100, -100, -100, 8]]}])
+def test_the_message_about_the_first_label_names_fixes_that_work(fix):
+    batch = small_batch() | {
+        "crop_segments": torch.tensor([[1, 1, 0, 0]]),
+        "labels": torch.tensor([[-100] * 2 + [7, 8]]),
+    }
+    with pytest.raises(ValueError, match="set crop_segments to 0 for a token before it, or this label to -100"):
+        crops_of(batch, 1, shifts_labels=True)
+    crops_of(batch | {name: torch.tensor(rows) for name, rows in fix.items()}, 1, shifts_labels=True)
+
+
+def test_a_label_in_mid_row_is_predicted_from_the_last_token_before_it_that_stays():
+    batch = small_batch() | {"labels": torch.tensor([[-100, -100, -100, 8]])}
+    crop = crops_of(batch, 1, "prefix", seed=1, shifts_labels=True)[1]
+    assert crop["input_ids"][0, -1] == crop["labels"][0, -1] == 8
+    assert len(crop["labels"][0]) < 4
+
+
+def test_under_left_padding_no_label_is_gained_or_lost():
+    ids = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    batch["crop_segments"] = torch.tensor([[0, 0, 1], [0, 0, 0]])
+    batch["labels"][0, 2] = -100
+    crop = crops_of(batch, 1, shifts_labels=True)[1]
+    assert crop["input_ids"].tolist() == [[0, 5, 6], [0, 8, 9]]
+    assert crop["attention_mask"].tolist() == [[0, 1, 1], [0, 1, 1]]
+    assert crop["labels"].tolist() == [[-100, -100, 6], [-100, 8, 9]]
+
+
+def test_shift_labels_are_padded_with_minus_100_and_stay_on_their_tokens():
+    ids = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["crop_segments"] = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]])
+    batch["shift_labels"] = torch.tensor([[0, -100, -100, 9], [0, 1, 2, -100]])
+    crop = crops_of(batch, 1, "prefix", shifts_labels=True)[1]
+    assert crop["shift_labels"].tolist() == [[0, 9, -100], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("column", ["labels", "shift_labels"])
+def test_the_collator_pads_token_labels_with_minus_100(column):
+    features = [
+        {name: row[name] for name in ("input_ids", "attention_mask", "crop_segments")} for row in features_of(3, 1)
+    ]
+    features = [row | {column: [0] * len(row["input_ids"])} for row in features]
+    assert CmpCropCollator(tokenizer_of(TEXTS))(features)[column].tolist() == [[0, 0, 0], [0, -100, -100]]
+
+
+# --- as an ablation ---
+
+
+def test_crops_with_the_same_settings_are_the_same_ablation():
+    assert isinstance(CmpCrop(), Ablation)
+    assert CmpCrop() == CmpCrop() != CmpCrop("prefix")
+    one, other = (CmpCrop(pad_values={"input_ids": 0}, per_example=["scores"]) for _ in range(2))
+    assert one == other
+    assert len({one, other}) == 1
+
+
+def test_a_crop_that_is_not_fitted_to_a_model_has_plain_defaults():
+    crop, defaults = CmpCrop(pad_values={"input_ids": 0}), CmpCrop("random", {"input_ids": 0}, None, 1, (), False)
+    crops = []
+    for one in (crop, defaults):
+        torch.manual_seed(0)
+        crops.append(one.batches(small_batch(), num_levels=2))
+    assert_close(*crops, rtol=0, atol=0)
+
+
+@given(any_batch)
+def test_removed_tokens_are_counted(batch):
+    for crop in crops_of(batch):
+        expected = sum(len(tokens(batch, row)) - len(tokens(crop, row)) for row in range(len(batch["input_ids"])))
+        assert removed_tokens(batch, crop) == expected
+
+
+def test_removed_tokens_are_counted_without_waiting_for_the_device():
+    """Tensors on the meta device have no values that could be read."""
+    full, crop = ({"attention_mask": torch.ones(2, length, device="meta")} for length in (4, 3))
+    assert removed_tokens(full, crop).is_meta
 
 
 # --- on models ---
@@ -354,7 +484,7 @@ def test_a_model_sees_a_crop_as_the_text_that_never_had_the_segment(build):
     if "Longformer" in type(model).__name__:
         batch["global_attention_mask"] = torch.zeros(2, 40, dtype=torch.long)
         batch["global_attention_mask"][:, [0, 36]] = 1
-    crop = CmpCrop.for_model(model, 1)(batch)[1]
+    crop = CmpCrop().for_model(model).batches(batch, num_levels=1)[1]
     cropped = model(**crop)
     for example in range(2):
         alone = {k: v[[example]][:, segments[example] == 0] for k, v in batch.items() if k != "crop_segments"}
@@ -364,15 +494,73 @@ def test_a_model_sees_a_crop_as_the_text_that_never_had_the_segment(build):
 
 def test_the_padding_multiple_comes_from_the_models_window_and_the_collator():
     collator = type("Collator", (), {"pad_to_multiple_of": 12})()
-    assert CmpCrop.for_model(longformer(), 1, data_collator=collator).pad_to_multiple_of == 24
-    assert CmpCrop.for_model(longformer(), 1).pad_values["input_ids"] == 1
+    assert CmpCrop().for_model(longformer(), data_collator=collator).pad_to_multiple_of == 24
+    assert CmpCrop().for_model(longformer()).pad_values["input_ids"] == 1
+
+
+def test_settings_that_were_given_win_over_what_the_model_says():
+    tokenizer = tokenizer_of(TEXTS, padding_side="left")
+    given_settings = CmpCrop(
+        "prefix",
+        {"input_ids": 7, "bbox": 3},
+        "right",
+        pad_to_multiple_of=5,
+        per_example=["scores"],
+        shifts_labels=True,
+    )
+    crop = given_settings.for_model(longformer(), tokenizer)
+    assert crop.pad_values == {"input_ids": 7, "bbox": 3, "token_type_ids": 0}
+    assert (crop.order, crop.padding_side, crop.pad_to_multiple_of) == ("prefix", "right", 5)
+    assert (crop.per_example, crop.shifts_labels) == (("scores",), True)
+    found = CmpCrop().for_model(longformer(), tokenizer)
+    assert (found.padding_side, found.pad_to_multiple_of, found.shifts_labels) == ("left", 8, False)
+    assert found.for_model(longformer(), tokenizer) == found
+
+
+def tiny_causal(kind, config, **settings):
+    tiny = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    return lambda: kind(config(**tiny, **settings)).eval()
+
+
+def tiny_bart():
+    config = BartConfig(vocab_size=50, d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8)
+    return BartForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2)).eval(), True),
+        (tiny_causal(LlamaForCausalLM, LlamaConfig), True),
+        (tiny_causal(BertLMHeadModel, BertConfig, is_decoder=True), True),
+        (tiny_causal(BertForMaskedLM, BertConfig), False),
+        (tiny_bart, False),
+    ],
+    ids=["gpt2", "llama", "bert_decoder", "masked", "bart_decoder"],
+)
+def test_whether_a_model_shifts_its_labels_is_known(build, expected):
+    """A model that shifts does not read the label in column 0."""
+    model = build()
+    assert shifts_labels(model) == expected
+    assert CmpCrop().for_model(model).shifts_labels == expected
+    ids = torch.arange(1, 7).unsqueeze(0)
+    without = ids.clone()
+    without[:, 0] = -100
+    losses = [model(input_ids=ids, labels=labels).loss for labels in (ids, without)]
+    assert (losses[0] == losses[1]).item() == expected
 
 
 def test_labels_belong_to_the_decoder_where_there_is_one():
     config = T5Config(vocab_size=100, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    assert "labels" in CmpCrop.for_model(T5ForConditionalGeneration(config), 1).per_example
-    assert "labels" not in CmpCrop.for_model(T5ForTokenClassification(config), 1).per_example
-    assert "labels" not in CmpCrop.for_model(BertForTokenClassification(tiny_bert()), 1).per_example
+    assert "labels" in CmpCrop().for_model(T5ForConditionalGeneration(config)).per_example
+    assert "labels" not in CmpCrop().for_model(T5ForTokenClassification(config)).per_example
+    assert "labels" not in CmpCrop().for_model(BertForTokenClassification(tiny_bert())).per_example
 
 
 # --- bad input ---
@@ -392,9 +580,14 @@ def test_labels_belong_to_the_decoder_where_there_is_one():
         ({"start_positions": torch.tensor([1]), "end_positions": torch.tensor([1])}, "Example 0.*answer"),
         ({"start_positions": torch.tensor([0]), "end_positions": torch.tensor([3])}, "Example 0.*answer"),
         ({"labels": torch.tensor([[0, 3, 0, 0]])}, "Example 0.*labels other than -100"),
+        ({"shift_labels": torch.tensor([[-100, 3, -100, 0]])}, "Example 0.*labels other than -100"),
+        (
+            {"labels": torch.tensor([[0, -100, -100, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])},
+            "Example 0.*labels other than -100 .* or on padding",
+        ),
     ],
 )
-def test_a_batch_that_cannot_be_cropped_is_refused_with_what_to_change(change, message):
+def test_a_batch_that_cannot_be_cropped_is_rejected_with_the_fix(change, message):
     batch = {name: value for name, value in (small_batch() | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         crops_of(batch, 1)
@@ -407,20 +600,23 @@ def test_the_message_names_the_example():
         check_croppable(batch)
 
 
-def test_a_removable_answer_is_refused_in_later_positions_too():
+def test_a_removable_answer_is_rejected_in_later_positions_too():
     batch = small_batch() | {"entity_position_ids": torch.tensor([[[0, -1], [3, 2]]])}
-    with pytest.raises(ValueError, match="position column"):
+    with pytest.raises(ValueError, match="another position"):
         check_croppable(batch)
 
 
-def test_no_padding_token_is_refused():
+def test_a_missing_padding_token_is_rejected():
     with pytest.raises(ValueError, match="pad_token"):
-        CmpCrop(1)(small_batch())
+        CmpCrop().batches(small_batch(), num_levels=1)
 
 
-def test_an_unknown_order_is_refused():
-    with pytest.raises(ValueError, match="'random' or 'prefix'"):
-        nested_keeps(torch.zeros(1, 2, dtype=torch.long), 1, "suffix")
+@pytest.mark.parametrize(
+    "use", [CmpCrop, lambda order: nested_keeps(torch.zeros(1, 2, dtype=torch.long), 1, order)], ids=["class", "keeps"]
+)
+def test_an_unknown_order_is_rejected(use):
+    with pytest.raises(ValueError, match="must be 'random' or 'prefix', got 'suffix'"):
+        use("suffix")
 
 
 # --- the collator ---
@@ -474,7 +670,7 @@ def features_of(*lengths):
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_the_collator_pads_all_that_runs_along_the_tokens_on_the_tokenizers_side(padding_side):
+def test_the_collator_pads_every_per_token_column_on_the_tokenizers_side(padding_side):
     batch = CmpCropCollator(tokenizer_of(TEXTS, padding_side))(features_of(3, 1))
     padding = slice(1, 3) if padding_side == "right" else slice(0, 2)
     assert batch["bbox"].shape == (2, 3, 4)
@@ -490,7 +686,7 @@ def test_the_collator_pads_to_a_multiple_and_leaves_per_example_columns_alone():
     assert batch["labels"].tolist() == [3, 3]
 
 
-def test_the_collator_leaves_labels_to_the_one_it_is_given():
+def test_the_collator_leaves_labels_to_the_collator_it_is_given():
     tokenizer = tokenizer_of(TEXTS)
     collator = CmpCropCollator(tokenizer, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-7))
     features = [{**one, "labels": [1] * n} for one, n in zip(features_of(3, 2), [4, 6], strict=True)]
@@ -499,7 +695,7 @@ def test_the_collator_leaves_labels_to_the_one_it_is_given():
     assert batch["crop_segments"].shape == (2, 3)
 
 
-def test_multi_label_targets_are_not_taken_for_token_labels():
+def test_multi_label_targets_are_not_mistaken_for_token_labels():
     features = [one | {"labels": [1.0, 0.0, 1.0]} for one in features_of(3, 3)]
     assert CmpCropCollator(tokenizer_of(TEXTS))(features)["labels"].tolist() == [[1, 0, 1]] * 2
 
@@ -509,7 +705,7 @@ def test_a_batch_without_crop_segments_is_collated_as_it_is():
     assert "crop_segments" not in CmpCropCollator(tokenizer_of(TEXTS))(features)
 
 
-def test_crop_segments_in_some_examples_or_of_another_length_are_refused():
+def test_crop_segments_in_some_examples_or_of_another_length_are_rejected():
     missing = features_of(2, 3)
     del missing[1]["crop_segments"]
     with pytest.raises(ValueError, match=r"Example 1 .* has no crop_segments"):
@@ -528,7 +724,7 @@ def sentences_of(text):
 
 
 @pytest.mark.parametrize("build", [tokenizer_of, byte_tokenizer_of])
-def test_tokens_of_a_span_are_of_its_segment_whatever_the_tokenizer_does_to_unicode(build):
+def test_a_spans_tokens_belong_to_its_segment_whatever_the_tokenizer_does_to_unicode(build):
     text = (
         "Zoë ate ﬁsh 🐟🐟. A ½ dog barked!  Red e\u0301toile."  # é in two code points, a ligature, a fraction, emoji
     )
@@ -543,7 +739,7 @@ def test_tokens_of_a_span_are_of_its_segment_whatever_the_tokenizer_does_to_unic
     assert not any(of_special)
 
 
-def test_a_token_that_reaches_out_of_a_span_stays():
+def test_a_token_that_is_only_partly_in_a_span_stays():
     tokenizer = tokenizer_of(["wonderful"])
     encoding = tokenizer(["wonderful wonderful"], return_offsets_mapping=True)
     (segments,) = crop_segments_from_spans(encoding, ["wonderful wonderful"], [[(4, 19)]])
@@ -558,7 +754,7 @@ def test_the_other_text_of_a_pair_stays():
     assert segments == expected
 
 
-def test_windows_of_a_text_find_their_text():
+def test_the_windows_of_a_long_text_use_the_spans_of_that_text():
     text = "One fish. Two fish!"
     tokenizer = tokenizer_of([text])
     encoding = tokenizer(["Blue.", text], max_length=6, truncation=True, stride=1, return_overflowing_tokens=True,
@@ -584,13 +780,13 @@ def test_an_empty_text_has_nothing_to_remove():
         ([(0, 9)], "Every token of text 0 is removable"),
     ],
 )
-def test_spans_that_cannot_be_meant_are_refused(spans, message):
+def test_invalid_spans_are_rejected(spans, message):
     encoding = tokenizer_of(TEXTS)(["One fish."], return_offsets_mapping=True)
     with pytest.raises(ValueError, match=message):
         crop_segments_from_spans(encoding, ["One fish."], [spans])
 
 
-def test_spans_without_offsets_or_texts_are_refused():
+def test_spans_without_offsets_or_texts_are_rejected():
     tokenizer = tokenizer_of(TEXTS)
     with pytest.raises(ValueError, match="return_offsets_mapping=True"):
         crop_segments_from_spans(tokenizer(["One fish."]), ["One fish."], [[]])
@@ -601,7 +797,7 @@ def test_spans_without_offsets_or_texts_are_refused():
         crop_segments_from_spans(encoding, ["One fish."], [])
 
 
-def test_sequences_are_numbered_in_the_order_they_come_in():
+def test_sequences_are_numbered_in_order_of_appearance():
     rows = [[None, 2, 2, 0, 1, None], [1, 1, 2, 2, None, None]]
     assert crop_segments_from_sequence_ids(rows, [2, 1]) == [[0, 1, 1, 0, 2, 0], [1, 1, 2, 2, 0, 0]]
     assert crop_segments_from_sequence_ids(rows, [[0], []]) == [[0, 0, 0, 1, 0, 0], [0] * 6]
@@ -636,9 +832,11 @@ def trainer_of(tmp_path, columns=(), removable=True, **arguments):
     )
 
 
-def logged(tmp_path, **arguments):
-    trainer = trainer_of(tmp_path, **arguments)
-    trainer.train()
+def logged_without_removable_text(tmp_path, **arguments):
+    """The losses of the first step; training then ends with an error because no crop removed anything."""
+    trainer = trainer_of(tmp_path, removable=False, **arguments)
+    with pytest.raises(ValueError, match="crop_segments"):
+        trainer.train()
     return trainer.state.log_history[0]
 
 
@@ -655,23 +853,25 @@ def test_drops_and_crops_take_turns(tmp_path):
     assert full > crop == drop > second_crop == second_drop
 
 
-def test_crops_alone_mean_no_dropout_anywhere(tmp_path):
-    """Where nothing is removable the crops' losses then are the full model's, to the bit."""
-    losses = logged(tmp_path, removable=False, cmp_num_ablations=2, cmp_num_crops=2)
+def test_with_crops_alone_no_variant_has_dropout(tmp_path):
+    """If nothing is removable, the losses of the crops then equal that of the full model, to the bit."""
+    losses = logged_without_removable_text(tmp_path, cmp_num_ablations=2, cmp_num_crops=2)
     assert losses["loss_full"] == losses["loss_ablated_1"] == losses["loss_ablated_2"]
-    with_drop = logged(tmp_path, removable=False, cmp_num_ablations=2, cmp_num_crops=1)
+    with_drop = logged_without_removable_text(tmp_path, cmp_num_ablations=2, cmp_num_crops=1)
     assert with_drop["loss_full"] == with_drop["loss_ablated_1"] != with_drop["loss_ablated_2"]
+    assert losses["loss_full"] == pytest.approx(with_drop["loss_full"])
 
 
 def test_crops_without_crop_segments_fail_on_the_first_step_and_name_the_collator(tmp_path):
-    one_crop = {"cmp_num_ablations": 1, "cmp_num_crops": 1}
+    columns = ("input_ids", "attention_mask", "start_positions", "end_positions")
+    trainer = trainer_of(tmp_path, columns, cmp_num_ablations=1, cmp_num_crops=1)
     with pytest.raises(ValueError, match="CmpCropCollator"):
-        logged(tmp_path, columns=("input_ids", "attention_mask", "start_positions", "end_positions"), **one_crop)
+        trainer.train()
 
 
 def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "cropping.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     tokenizer_of([page]).save_pretrained(tmp_path / "model")
     BertForQuestionAnswering(tiny_bert()).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)

@@ -42,7 +42,8 @@ from transformers import (
 )
 
 from cmp_trainer import CmpTrainingArguments
-from cmp_trainer.ablations.crop import CmpCrop, CmpCropCollator
+from cmp_trainer.ablations.crop import CmpCrop
+from cmp_trainer.ablations.crop_collator import CmpCropCollator
 from cmp_trainer.scripting import ModelArguments, parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -169,8 +170,8 @@ def test_distractors_are_the_removable_segments(tokenizer, encoded):
     inputs = EvaluationInputs(encoded, builder_of(tokenizer))
     row = inputs[0]
     batch = CmpCropCollator(tokenizer)([row])
-    crop = CmpCrop(1, pad_values={"input_ids": 1})
-    (full, once) = crop(batch | {"crop_segments": (batch["crop_segments"] > 0).long()})
+    crop = CmpCrop(pad_values={"input_ids": 1})
+    (full, once) = crop.batches(batch | {"crop_segments": (batch["crop_segments"] > 0).long()}, num_levels=1)
     assert once["input_ids"][0].tolist() == EvaluationInputs(encoded, builder_of(tokenizer), 2)[0]["input_ids"]
     assert set(row["crop_segments"]) == {0, 1, 2}
     assert full["input_ids"].shape > once["input_ids"].shape

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
-from cmp_trainer.ablations.crop import CmpCropCollator
+from cmp_trainer.ablations.crop_collator import CmpCropCollator
 from cmp_trainer.ablations.drop import CmpDrop, dropout_awake
 from cmp_trainer.scripting import (
     ModelArguments,

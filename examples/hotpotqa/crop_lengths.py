@@ -15,7 +15,8 @@ from run_hotpotqa import HotpotArguments, encode
 from tqdm.auto import tqdm
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from cmp_trainer.ablations.crop import CmpCrop, CmpCropCollator
+from cmp_trainer.ablations.crop import CmpCrop
+from cmp_trainer.ablations.crop_collator import CmpCropCollator
 from cmp_trainer.scripting import (
     ModelArguments,
     load_pretrained,
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoded, builder = encode(examples, "train", data_args, tokenizer, model)
     inputs = TrainingInputs(encoded, builder, data_args.num_paragraphs, args.seed)
     collator = CmpCropCollator(tokenizer, pad_to_multiple_of=padding_multiple(model))
-    crop = CmpCrop.for_model(model, args.crops, processing_class=tokenizer, data_collator=collator)
+    crop = CmpCrop().for_model(model, processing_class=tokenizer, data_collator=collator)
 
     torch.manual_seed(args.seed)
     totals = torch.zeros(2, args.crops + 1)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs.set_epoch(epoch)
         for begin in range(0, len(inputs), args.batch_size):
             rows = [inputs[row] for row in range(begin, min(begin + args.batch_size, len(inputs)))]
-            for crops, batch in enumerate(crop(collator(rows))):
+            for crops, batch in enumerate(crop.batches(collator(rows), args.crops)):
                 mask = batch["attention_mask"]
                 totals[:, crops] += torch.tensor([mask.sum().item(), mask.numel()])
     tokens, with_padding = (totals / (args.epochs * len(inputs))).tolist()

@@ -26,7 +26,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTraine
 from transformers.trainer_utils import EvalLoopOutput
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
-from cmp_trainer.ablations.crop import CmpCropCollator
+from cmp_trainer.ablations.crop_collator import CmpCropCollator
 from cmp_trainer.scripting import (
     DataArguments,
     ModelArguments,
