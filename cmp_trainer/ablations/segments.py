@@ -1,9 +1,8 @@
-"""Which tokens may be removed: making the `crop_segments` column that CmpCrop reads.
+"""Making the `crop_segments` column, which tells CmpCrop which tokens may be removed.
 
-0 marks the tokens of an example that must stay; 1, 2, … its removable segments, in their order. The column is made
-when the texts are tokenized, from the character spans of what may go (`crop_segments_from_spans`), or where each
-token's sequence is known anyway, from that (`crop_segments_from_sequence_ids`). Batches are then padded by
-`cmp_trainer.ablations.crop.CmpCropCollator`.
+0 marks the tokens of an example that must stay; 1, 2, … mark its removable segments, in their order. Make the column
+when you tokenize: from the character spans of removable text (`crop_segments_from_spans`), or, if you know to which
+sequence each token belongs, from that (`crop_segments_from_sequence_ids`). `CmpCropCollator` then pads it.
 """
 
 from __future__ import annotations
@@ -22,35 +21,35 @@ def crop_segments_from_spans(
 ) -> list[list[int]]:
     """crop_segments of a tokenized batch, from the character spans of its texts that may be removed.
 
-    A token belongs to a span when all its characters but white space lie inside; a token that reaches out of it stays.
-    Special tokens and the other text of a pair stay. Windows of one text (`return_overflowing_tokens`) find their
-    text by `overflow_to_sample_mapping`.
+    A token belongs to a span when all its characters except white space lie inside; a token that is only partly in a
+    span stays. Special tokens and the other text of a pair stay. Windows of one text (`return_overflowing_tokens`)
+    are matched to their text by `overflow_to_sample_mapping`.
 
     Args:
-        encoding: from a fast tokenizer, with `return_offsets_mapping=True`.
-        texts: the texts that the offsets count in (the second ones, for `sequence=1`).
-        removable: for each text its spans (start, end), end excluded, in their order, which is their numbering.
-        sequence: which text of a pair the spans are of.
+        encoding: the output of a fast tokenizer, called with `return_offsets_mapping=True`.
+        texts: the tokenized texts; the second texts of the pairs for `sequence=1`.
+        removable: the spans (start, end) of each text, end excluded; they are numbered in the order given.
+        sequence: which text of a pair the spans belong to, 0 or 1.
 
     Returns:
         One list for each row of the encoding, as long as its `input_ids`.
 
     Raises:
-        ValueError: without offsets, for spans that overlap or leave their text, or where a text's every token is
+        ValueError: if there are no offsets, if spans overlap or leave their text, or if every token of a text is
             removable.
     """
     if not isinstance(encoding, BatchEncoding) or not encoding.is_fast or "offset_mapping" not in encoding:
         raise ValueError(
-            "Spans need token offsets: call a fast tokenizer with return_offsets_mapping=True and a list of texts, "
-            f"and pass on what it returns (given: {type(encoding).__name__})."
+            "Spans need token offsets. Call a fast tokenizer with a list of texts and return_offsets_mapping=True, "
+            f"and pass its output; got {type(encoding).__name__}."
         )
     offsets: Any = encoding["offset_mapping"]
     samples: Any = encoding.get("overflow_to_sample_mapping", range(len(offsets)))
     if isinstance(texts, str) or len(set(map(int, samples))) != len(texts):
-        raise ValueError(f"texts must be the list that was tokenized, {len(offsets)} rows; given: {texts!r:.200}.")
+        raise ValueError(f"texts must be the list that was tokenized ({len(offsets)} rows); got {texts!r:.200}.")
     if len(texts) != len(removable):
         raise ValueError(
-            f"{len(texts)} texts, but spans for {len(removable)}; give a list (it may be empty) for each."
+            f"Got {len(texts)} texts, but spans for {len(removable)}; pass a list of spans, possibly empty, for each."
         )
     for index, spans in enumerate(removable):
         _check_spans(spans, texts[index], index)
@@ -66,8 +65,8 @@ def crop_segments_from_spans(
     for sample in range(len(texts)):
         if goes[sample] and not stays[sample]:
             raise ValueError(
-                f"Every token of text {sample} is removable, so a crop could leave nothing of it; leave out the spans "
-                "of what must stay."
+                f"Every token of text {sample} is removable, so a crop could leave nothing of it; do not pass spans "
+                "of text that must stay."
             )
     return rows
 
@@ -75,13 +74,19 @@ def crop_segments_from_spans(
 def crop_segments_from_sequence_ids(
     sequence_ids: Sequence[Sequence[int | None]], removable: Sequence[Collection[int]] | Collection[int]
 ) -> list[list[int]]:
-    """crop_segments of a batch whose every token is known to belong to a sequence: a text, a passage, a sentence.
+    """crop_segments of a batch, from the sequence that each token belongs to: a text, a passage, a sentence.
 
     Args:
-        sequence_ids: for each row, each token's sequence, as `BatchEncoding.sequence_ids(row)` gives it; None for
-            tokens of no sequence, which stay.
-        removable: the sequences that may be removed, for all rows or for each; they are numbered 1, 2, … in the order
-            they come in.
+        sequence_ids: for each row, the sequence of each token, as returned by `BatchEncoding.sequence_ids(row)`. None
+            means no sequence; these tokens stay.
+        removable: the sequences that may be removed, one collection for all rows or one for each row. They are
+            numbered 1, 2, … in order of appearance.
+
+    Returns:
+        One list for each row, as long as its sequence ids.
+
+    Raises:
+        ValueError: if there are collections for another number of rows.
 
     >>> crop_segments_from_sequence_ids([[None, 0, None, 1, 1, None, 2]], removable={1, 2})
     [[0, 0, 0, 1, 1, 0, 2]]
@@ -89,7 +94,10 @@ def crop_segments_from_sequence_ids(
     each: list[Any] = list(removable)
     per_row = each if any(isinstance(item, Collection) for item in each) else [each] * len(sequence_ids)
     if len(per_row) != len(sequence_ids):
-        raise ValueError(f"{len(sequence_ids)} rows, but removable sequences for {len(per_row)}.")
+        raise ValueError(
+            f"Got {len(sequence_ids)} rows, but removable sequences for {len(per_row)}; pass one collection for each "
+            "row, or one for all."
+        )
     rows = []
     for ids, allowed in zip(sequence_ids, per_row, strict=True):
         present = dict.fromkeys(one for one in ids if one in allowed)
@@ -104,14 +112,14 @@ def _check_spans(spans: Sequence[tuple[int, int]], text: str, index: int) -> Non
         if not (reached <= start < end <= len(text)):
             raise ValueError(
                 f"Text {index} has {len(text)} characters; its removable span ({start}, {end}) is empty, leaves the "
-                "text or overlaps another. Spans are (start, end) in characters, end excluded."
+                "text or overlaps another. Spans are (start, end) in characters, with the end excluded."
             )
         reached = end
 
 
 def _segments_of_offsets(offsets: Any, inside: list[bool], text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
     segments = [0] * len(inside)
-    following = 0  # a token of white space alone goes with the word it precedes
+    following = 0  # a token of white space alone belongs to the word after it
     for token in reversed(range(len(inside))):
         if not inside[token]:
             following = 0
