@@ -25,7 +25,7 @@ from cmp_trainer.execution.forwards import Forwards, own_containers, versions
 from cmp_trainer.execution.intercept import Intercept
 from cmp_trainer.execution.stacked import CannotStack
 from cmp_trainer.execution.stacking import Stacking, prefer_stacked
-from cmp_trainer.losses.shares import CannotCompare, Shares, read_shares
+from cmp_trainer.losses.shares import CannotCompare, Replan, Shares, read_shares
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
             return False
         check_finite(forward.loss)
         problems = [_nothing_dropped(step, forwards, full), _nothing_ablated(step, forwards, batches)]
-        problems += [_dropped_in_backward(step, forwards, batches)]
+        problems += [_dropped_in_backward(step, forwards, batches), _replayed_rates(step, forwards, batches)]
         raise_together(problems)
         _warn_of_differences(step, forwards, full, shares)
         if step.low_memory:
@@ -319,6 +319,27 @@ def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, 
         )
 
 
+def _replayed_rates(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
+    """A compiled graph does not call dropout functions with rates that were raised when it was captured."""
+    last = step.variants[-1]
+    drops = [number for number, kind in enumerate(step.kinds) if isinstance(kind, CmpDrop)]
+    if not forwards.is_compiled or not drops or not last.levels[drops[0]]:
+        return None
+    rates: list[set[float]] = []
+    for checking in (True, False):
+        sites: list[tuple[str, float, bool]] = []
+        noted = _NotedRates(step.kinds[drops[0]], sites, last.levels[drops[0]])
+        kinds = [noted if number == drops[0] else kind for number, kind in enumerate(step.kinds)]
+        with torch.compiler.set_stance("force_eager" if checking else "default"):
+            forwards.run(batches[last.levels], last.levels, kinds=kinds)
+        rates.append({round(rate, 6) for _, rate, _ in sites})
+    if rates[1] - rates[0]:
+        return (
+            f"the compiled model calls dropout at rates {sorted(rates[1] - rates[0])} that the model does not have: "
+            "its backend runs the captured calls under CmpDrop a second time. Compile with aot_eager or inductor."
+        )
+
+
 def _warn_of_differences(step: Any, forwards: Forwards, full: Any, shares: Shares) -> None:
     """Warn where two forwards of the full model differ, or where it differs from the eval model."""
     model, variant = forwards.model, step.variants[0]
@@ -368,6 +389,8 @@ def _stacking(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> St
     try:
         if not stackable:
             raise CannotStack("its loss is computed by a function or a trainer that may look at the whole batch.")
+        if forwards.is_compiled:
+            raise CannotStack("it is compiled.")
         return Stacking(forwards, batches, step.variants, step._plan)
     except CannotStack as error:
         reason = str(error)
@@ -395,6 +418,18 @@ def check_finite(loss: Tensor) -> None:
             f"the loss of the first batch is {loss.item()}, already without any ablation. Look for NaN or infinite "
             "inputs, labels out of range, or overflow in half precision."
         )
+
+
+def check_loss_is_visible(read: Callable[[], Any]) -> None:
+    """Raises a CannotCompare where a compiled model hides its loss."""
+    try:
+        read()
+    except Replan:
+        raise CannotCompare(
+            "the loss is computed inside of a compiled graph, which hides the losses of the examples. Compile "
+            "`model.base_model` in place of the model, use the Trainer's torch_compile or torch.compile(model), which "
+            "leave the loss outside, or compute it in loss_fn(model, batch)."
+        ) from None
 
 
 def check_sign_test(deviation: float) -> None:
@@ -434,15 +469,16 @@ def check_crops_removed(removed: Tensor | None) -> None:
 
 
 class _NotedRates(Ablation):
-    """CmpDrop whose dropout calls are listed: (function name, the call's own rate, whether in train mode)."""
+    """CmpDrop at one level, whose dropout calls are listed: (name, the call's own rate, whether in train mode)."""
 
-    def __init__(self, drop: Ablation, sites: list[tuple[str, float, bool]]) -> None:
-        self.drop, self.sites = drop, sites
+    def __init__(self, drop: CmpDrop, sites: list[tuple[str, float, bool]], level: int = 0) -> None:
+        self.drop, self.sites, self.level = drop, sites, level
 
     def calls(self, level: int) -> Mapping[Callable, Any]:
         def note(site: Any, func: Callable, args: tuple, kwargs: dict) -> Any:
-            self.sites.append((func.__name__, site.own_rate(args, kwargs), in_train_mode(func, args, kwargs)))
-            args, kwargs = site.with_rate(0.0, args, kwargs)
+            own_rate = site.own_rate(args, kwargs)
+            self.sites.append((func.__name__, own_rate, in_train_mode(func, args, kwargs)))
+            args, kwargs = site.with_rate(self.drop.rate(own_rate, self.level), args, kwargs)
             return func(*args, **kwargs)
 
         return intercepted_dropout(note)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cmp_trainer import checks
 from cmp_trainer.ablations.crop import CmpCrop, removed_tokens
@@ -153,7 +154,8 @@ class ComparativeStep:
         """
         run = partial(self._step, batch, loss_fn or model_loss)
         if self.low_memory and torch.is_grad_enabled():
-            return run(inner_model(self.model))
+            with inner_model(self.model) as model:
+                return run(model)
         return in_one_forward(self.model, run)
 
     def log(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
@@ -167,10 +169,9 @@ class ComparativeStep:
 
     def losses(self, batch: Any, loss_fn: LossFunction | None = None, variants: Sequence[Variant] | None = None):
         """VariantLosses of a batch without a gradient, of all variants by default; the random state is unchanged."""
-        loss_fn, model = loss_fn or model_loss, inner_model(self.model)
-        devices = self._devices(batch)
+        loss_fn, devices = loss_fn or model_loss, self._devices(batch)
         variants = self.variants if variants is None else variants
-        with preserve_rng_state(devices), torch.no_grad():
+        with preserve_rng_state(devices), torch.no_grad(), inner_model(self.model) as model:
             batches = self._batches(batch, variants)
             forwards = Forwards(model, loss_fn, self.kinds, RandomState.capture(devices), self._copies)
             plan = self._plan_of(forwards, batch, variants[0], batches)
@@ -188,8 +189,8 @@ class ComparativeStep:
     def measure(self, batch: Any, loss_fn: LossFunction, levels: tuple[int, ...]) -> tuple[Tensor, Any]:
         """The loss of a batch at a level of every kind, and VariantLosses `(batch, parts)` of its examples, None where
         nothing has a label. Runs from the random state that it finds; without a gradient."""
-        model, batches = inner_model(self.model), {levels: batch}
-        with torch.no_grad():
+        batches = {levels: batch}
+        with torch.no_grad(), inner_model(self.model) as model:
             forwards = Forwards(model, loss_fn, self.kinds, RandomState.capture(self._devices(batch)), self._copies)
             plan = self._plan_of(forwards, batch, Variant("", levels), batches)
             forward = forwards.run(batch, levels, only=set() if plan is None else plan.places)
@@ -247,9 +248,7 @@ class ComparativeStep:
             )
         if shares is None:
             return forward.loss  # nothing in this batch has a label
-        end = RandomState.capture(devices)
         every = [shares, *(self._read(forwards, self._plan, batches, variant) for variant in self.variants[1:])]
-        end.restore()
         return self._minimized(every)
 
     def _minimized(self, shares: Sequence[Shares]) -> Tensor:
@@ -263,29 +262,41 @@ class ComparativeStep:
         self.num_comparisons += 1
 
     def _low_memory(self, forwards: Forwards, batches: Mapping[tuple, Any], devices: set[torch.device]) -> Tensor:
-        variants = self.variants
+        full, *others, last = self.variants
         with torch.no_grad():
-            first = forwards.run(batches[variants[0].levels], variants[0].levels, only=self._plan.places)
-            end = RandomState.capture(devices)
-            full = read_shares(first, self._plan, batches[variants[0].levels])
-            shares = [full, *(self._read(forwards, self._plan, batches, variant) for variant in variants[1:])]
-        weights = full.weights
-        leaf = torch.stack([one.values for one in shares], -1).detach().requires_grad_()
-        value = minimized(self.objective, leaf, weights)
-        (factors,) = torch.autograd.grad(value, leaf)
-        self._note(leaf, weights)
+            plan, first = self._full_without_graph(forwards, batches[full.levels])
+            if plan is None or first is None:
+                return forwards.run(batches[full.levels], full.levels).loss  # nothing in this batch has a label
+            shares = [first, *(self._read(forwards, plan, batches, variant) for variant in others)]
+        kept = self._read(forwards, plan, batches, last)  # the graph of one variant may stay
+        leaf = torch.stack([one.values for one in (*shares, kept)], -1).detach().requires_grad_()
+        value = minimized(self.objective, leaf, first.weights)
+        (factors,) = torch.autograd.grad(value, leaf)  # (batch, parts, 1 + c)
+        self._note(leaf, first.weights)
         wrapped = self.model
 
         def term(index: int, model: nn.Module) -> Tensor:
             ours = Forwards(model, forwards.loss_fn, self.kinds, forwards.start, self._copies)
-            shares = self._read(ours, self._plan, batches, variants[index])
+            shares = self._read(ours, plan, batches, self.variants[index])
             scalar = (shares.values * factors[..., index]).sum()
             return scalar + shares.rest if index == 0 else scalar
 
-        terms = [partial(term, index, forwards.model) for index in range(1, len(variants))]
+        terms = [lambda: (kept.values * factors[..., -1]).sum()]
+        terms += [partial(term, index, forwards.model) for index in range(len(others), 0, -1)]
         terms.append(lambda: in_one_forward(wrapped, partial(term, 0)))
-        end.restore()
-        return loss_in_backward(value.detach() + full.rest.detach(), terms, devices)
+        return loss_in_backward(value.detach() + first.rest.detach(), terms, devices)
+
+    def _full_without_graph(self, forwards: Forwards, batch: Any) -> tuple[Plan | None, Shares | None]:
+        """The plan and the full model's shares, planned anew with a graph where the plan does not fit."""
+        levels, plan = self.variants[0].levels, self._plans.get(True)
+        if plan is not None:
+            try:
+                return plan, read_shares(forwards.run(batch, levels, only=plan.places), plan, batch)
+            except Replan:
+                pass
+        with torch.enable_grad():
+            _, shares = self._full(forwards, batch)
+        return self._plans.get(True), shares
 
     # --- shares ---
 
@@ -313,6 +324,8 @@ class ComparativeStep:
         if plan is None:
             return forward, None
         self._plans[True] = plan
+        if forwards.is_compiled:
+            checks.check_loss_is_visible(lambda: read_shares(forwards.run(batch, levels), plan, batch))
         return forward, read_shares(forward, plan, batch)
 
     def _find_plan(self, forwards: Forwards, forward: Forward, batch: Any) -> Plan | None:
@@ -409,8 +422,8 @@ class ComparativeStep:
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The user's model inside of what training wraps around it."""
-    model = inner_model(model)
     model = getattr(model, "_orig_mod", model)
+    model = getattr(model.module, "_orig_mod", model.module) if isinstance(model, DistributedDataParallel) else model
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.intercept import Handler, Intercept
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.recompute import recompute_inside
+
+_WITHOUT_DROPOUT = CmpDrop().calls(0)
 
 
 class Ablated:
@@ -36,7 +39,8 @@ class Ablated:
         others: Handler | None = None,
     ) -> None:
         self.kinds, self.levels, self.start = list(kinds), list(levels), start
-        self.handlers: dict[Callable, Handler] = dict(calls or {})
+        # Dropout belongs to CmpDrop: without it, or at level 0, every variant runs without dropout.
+        self.handlers: dict[Callable, Handler] = {**_WITHOUT_DROPOUT, **(calls or {})}
         for kind, level in zip(self.kinds, self.levels, strict=True):
             self.handlers |= kind.calls(level)
         self.others = others

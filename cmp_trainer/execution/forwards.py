@@ -48,6 +48,10 @@ class Forwards:
         copies: bool = False,
     ) -> None:
         self.model, self.loss_fn, self.kinds, self.start, self.copies = model, loss_fn, kinds, start, copies
+        self.is_compiled = any(
+            hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+            for module in model.modules()
+        )
         self.last: Ablated | None = None  # the context of the latest forward
 
     def run(
@@ -71,10 +75,24 @@ class Forwards:
         others = (activations.keep if watch else None) if with_graph else reductions.follow
         self.last = ablated = Ablated(kinds or self.kinds, levels, self.start, reductions.handlers, others)
         outputs: list[Tensor] = []
-        with outputs_noted(self.model, outputs), ablated:
+        checking = watch or not with_graph
+        with outputs_noted(self.model, outputs), eager_where_compiled(self.is_compiled, checking), ablated:
             loss = self.loss_fn(self.model, own_containers(batch, copy_tensors=self.copies))
         check_scalar(loss)
         return Forward(loss, reductions, [one for one in outputs if one.requires_grad], activations.kept)
+
+
+@contextmanager
+def eager_where_compiled(is_compiled: bool, checking: bool) -> Iterator[None]:
+    """A compiled model runs as it is where every call has to be seen; else it keeps its buffers for the shares."""
+    if not is_compiled:
+        yield
+    elif checking:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        with torch._functorch.config.patch(donated_buffer=False):  # pyright: ignore
+            yield
 
 
 @contextmanager

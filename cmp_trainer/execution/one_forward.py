@@ -5,32 +5,38 @@ that forward returns, and each parameter may be ready only once. So the 1 + c fo
 forward of the wrapper, which returns their loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cmp_trainer.execution.compiled import head_uncompiled
+
 
 def in_one_forward(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tensor:
-    """`run(module)`, with `module` the model inside of DistributedDataParallel, or `model` itself."""
-    if not isinstance(model, DistributedDataParallel):
-        return run(model)
+    """`run(module)`, with the module inside of DistributedDataParallel and torch.compile, or `model` itself."""
+    with head_uncompiled(model) as inner:
+        if not isinstance(inner, DistributedDataParallel):
+            return run(inner)
 
-    def forward() -> Tensor:
-        with model._inside_ddp_forward():
-            return run(model.module)
+        def forward() -> Tensor:
+            with inner._inside_ddp_forward():
+                return run(inner.module)
 
-    model._run_ddp_forward = forward  # of this object, for this call
-    try:
-        return model()
-    finally:
-        del model._run_ddp_forward
+        inner._run_ddp_forward = forward  # of this object, for this call
+        try:
+            return inner()
+        finally:
+            del inner._run_ddp_forward
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    """The model inside of DistributedDataParallel, or `model` itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+@contextmanager
+def inner_model(model: nn.Module) -> Iterator[nn.Module]:
+    """The model inside of DistributedDataParallel and torch.compile, or `model` itself."""
+    with head_uncompiled(model) as inner:
+        yield inner.module if isinstance(inner, DistributedDataParallel) else inner
 
 
 def devices_of(model: nn.Module, batch_tensors: list[Tensor]) -> set[torch.device]:

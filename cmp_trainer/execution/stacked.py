@@ -25,6 +25,7 @@ from cmp_trainer.ablations.drop import RECURRENT, CmpDrop, Site, intercepted_dro
 from cmp_trainer.ablations.protocol import Ablation, Handler
 from cmp_trainer.execution.random_state import generator_state, set_generator_state
 
+_IN_PLACE = (torch.dropout_, torch.feature_dropout_, torch.alpha_dropout_, torch.feature_alpha_dropout_)
 _NOT_ROW_BY_ROW = (F.multi_head_attention_forward, torch.native_dropout, *RECURRENT)
 
 
@@ -63,7 +64,7 @@ class StackedDrop(Ablation):
                 f"{func.__name__} drops a tensor of shape {tuple(first.shape)}, not {num_groups} groups."
             )
         inplace = args[3] if len(args) > 3 else kwargs.get("inplace", False)
-        if inplace or func.__name__.endswith("dropout_"):
+        if func in _IN_PLACE or (inplace and func is not F.scaled_dot_product_attention):
             raise CannotStack(f"{func.__name__} drops in place.")
         if _draws_once(func, rates, first, args, kwargs):
             return _drop_groups_at_once(first, rates)

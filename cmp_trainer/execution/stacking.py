@@ -17,7 +17,6 @@ from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.plan import Variant
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.forwards import Forwards
-from cmp_trainer.execution.random_state import RandomState
 from cmp_trainer.execution.stacked import CannotStack, NotedSites, StackedDrop, check_no_batch_norm, row_names, stack
 from cmp_trainer.losses.layouts import Layout, entries, num_rows
 from cmp_trainer.losses.reductions import Place
@@ -65,14 +64,12 @@ class Stacking:
     ) -> list[Shares] | None:
         """The shares of all variants, the full one first; None where this batch does not fit the plan."""
         shares: list[Shares] = []
-        end: RandomState | None = None
         names = self.names & row_names(batches[variants[0].levels], num_rows(batches[variants[0].levels]) or 0)
         for group in self._groups(variants):
             batch, drop = batches[group[0].levels], self._drop_of(forwards, group)
             kinds = [drop if number == self.drop_kind else kind for number, kind in enumerate(forwards.kinds)]
             stacked = stack(batch, names, len(group))
             forward = forwards.run(stacked, group[0].levels, kinds=kinds)
-            end = end or RandomState.capture(forwards.start.devices)
             try:
                 found = read_shares(forward, self.plan, stacked, self.factors if len(group) > 1 else None)
             except (Replan, KeyError):
@@ -82,8 +79,6 @@ class Stacking:
                 return None
             pairs = zip(found.values.chunk(len(group)), found.weights.chunk(len(group)), strict=True)
             shares += [Shares(values, weights, values.new_zeros(())) for values, weights in pairs]
-        assert end is not None
-        end.restore()
         return shares
 
     def _groups(self, variants: Sequence[Variant]) -> list[list[Variant]]:
