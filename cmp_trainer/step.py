@@ -22,6 +22,7 @@ from cmp_trainer import checks
 from cmp_trainer.ablations.crop import CmpCrop, removed_tokens
 from cmp_trainer.ablations.plan import Variant, variants_of
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.execution.compiled import is_compiled
 from cmp_trainer.execution.forwards import Forwards, LossFunction, versions
 from cmp_trainer.execution.low_memory import loss_in_backward
 from cmp_trainer.execution.one_forward import devices_of, in_one_forward, inner_model
@@ -136,7 +137,7 @@ class ComparativeStep:
         self.num_comparisons = 0
         self._plans: dict[bool, Plan] = {}
         self._stacking: Stacking | None = None
-        self._checked = self._copies = False
+        self._checked = self._copies = self._is_compiled = False
         self._batches_seen = self._next_replan = 0
         self._deviation: Tensor | None = None
         self._removed: Tensor | None = None
@@ -173,7 +174,7 @@ class ComparativeStep:
         variants = self.variants if variants is None else variants
         with preserve_rng_state(devices), torch.no_grad(), inner_model(self.model) as model:
             batches = self._batches(batch, variants)
-            forwards = Forwards(model, loss_fn, self.kinds, RandomState.capture(devices), self._copies)
+            forwards = self._forwards(model, loss_fn, RandomState.capture(devices))
             plan = self._plan_of(forwards, batch, variants[0], batches)
             if plan is None:
                 return None
@@ -191,7 +192,7 @@ class ComparativeStep:
         nothing has a label. Runs from the random state that it finds; without a gradient."""
         batches = {levels: batch}
         with torch.no_grad(), inner_model(self.model) as model:
-            forwards = Forwards(model, loss_fn, self.kinds, RandomState.capture(self._devices(batch)), self._copies)
+            forwards = self._forwards(model, loss_fn, RandomState.capture(self._devices(batch)))
             plan = self._plan_of(forwards, batch, Variant("", levels), batches)
             forward = forwards.run(batch, levels, only=set() if plan is None else plan.places)
             if plan is None:
@@ -219,7 +220,7 @@ class ComparativeStep:
         devices = self._devices(batch)
         with rng_restart(devices):  # where an error leaves the random state, crops included
             batches = self._batches(batch, self.variants)
-            forwards = Forwards(model, loss_fn, self.kinds, RandomState.capture(devices), self._copies)
+            forwards = self._forwards(model, loss_fn, RandomState.capture(devices))
             if not self._checked:
                 self._check_first(forwards, batches)
             if hasattr(loss_fn, "begin"):
@@ -276,7 +277,7 @@ class ComparativeStep:
         wrapped = self.model
 
         def term(index: int, model: nn.Module) -> Tensor:
-            ours = Forwards(model, forwards.loss_fn, self.kinds, forwards.start, self._copies)
+            ours = self._forwards(model, forwards.loss_fn, forwards.start)
             shares = self._read(ours, plan, batches, self.variants[index])
             scalar = (shares.values * factors[..., index]).sum()
             return scalar + shares.rest if index == 0 else scalar
@@ -390,6 +391,11 @@ class ComparativeStep:
             checks.check_sign_test(found)
 
     # --- what a step starts from ---
+
+    def _forwards(self, model: nn.Module, loss_fn: LossFunction, start: RandomState | None) -> Forwards:
+        if not self._checked:
+            self._is_compiled = is_compiled(model)
+        return Forwards(model, loss_fn, self.kinds, start, self._copies, self._is_compiled)
 
     def _devices(self, batch: Any) -> set[torch.device]:
         return devices_of(self.model, [value for _, value in entries(batch) if isinstance(value, Tensor)])

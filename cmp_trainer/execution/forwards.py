@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Forwards:
         kinds: the kinds of ablation.
         start: the random state; None where each goes on from the random state it finds.
         copies: whether the model writes into its inputs, so that each forward gets copies.
+        is_compiled: whether torch.compile runs the model or a part of it.
     """
 
     def __init__(
@@ -46,12 +47,10 @@ class Forwards:
         kinds: Sequence[Ablation],
         start: RandomState | None,
         copies: bool = False,
+        is_compiled: bool = False,
     ) -> None:
         self.model, self.loss_fn, self.kinds, self.start, self.copies = model, loss_fn, kinds, start, copies
-        self.is_compiled = any(
-            hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-            for module in model.modules()
-        )
+        self.is_compiled = is_compiled
         self.last: Ablated | None = None  # the context of the latest forward
 
     def run(
@@ -84,15 +83,9 @@ class Forwards:
 
 @contextmanager
 def eager_where_compiled(is_compiled: bool, checking: bool) -> Iterator[None]:
-    """A compiled model runs as it is where every call has to be seen; else it keeps its buffers for the shares."""
-    if not is_compiled:
+    """A compiled model is not compiled once more for runs in which every call has to be seen."""
+    with torch.compiler.set_stance("force_eager") if is_compiled and checking else nullcontext():
         yield
-    elif checking:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        with torch._functorch.config.patch(donated_buffer=False):  # pyright: ignore
-            yield
 
 
 @contextmanager
