@@ -203,8 +203,8 @@ def _backend_that_replays_calls(step: Any) -> str | None:
     found = [name for name in backends(step.model) if "eager" in name and not name.startswith("aot")]
     if found:
         return (
-            f"the model is compiled with the backend {found[0]!r}, which runs the captured dropout calls under CmpDrop "
-            "a second time and so would raise their rates twice. Compile with aot_eager or inductor."
+            f"the model is compiled with the backend {found[0]!r}, which runs the captured dropout calls under "
+            "CmpDrop a second time and so would raise their rates twice. Compile with aot_eager or inductor."
         )
 
 

@@ -1,0 +1,160 @@
+"""ComparativeStep: the loss and gradients of CmpTrainer in loops of one's own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cmp_trainer import CmpDrop, ComparativeLoss, ComparativeStep, RegularizedLoss, plan
+from cmp_trainer.losses.comparative import comparative_loss
+from tests.helpers import batch_of, cmp_trainer, free_port, gradients, tiny_bert, token_data
+from tests.scripts import step_in_accelerate
+
+
+def loss_and_gradients(step, model, batch, *loss_fn):
+    torch.manual_seed(5)
+    model.zero_grad()
+    loss = step(batch, *loss_fn)
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("forward", ["sequential", "stacked"])
+def test_the_step_has_the_loss_and_gradients_of_the_trainer(forward, tmp_path):
+    model, batch = tiny_bert().train(), batch_of(token_data())
+    step = ComparativeStep(model, plan(2), ComparativeLoss(baseline="first"), forward=forward)
+    ours = loss_and_gradients(step, model, batch)
+    trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=2, cmp_baseline="first", cmp_forward=forward)
+    torch.manual_seed(5)
+    model.zero_grad()
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    torch.testing.assert_close(ours, (loss.detach(), gradients(model)), rtol=0, atol=0)
+
+
+def test_the_random_state_after_a_step_is_where_one_forward_leaves_it():
+    model, batch = tiny_bert().train(), batch_of(token_data())
+    step = ComparativeStep(model, plan(2))
+    loss_and_gradients(step, model, batch)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    model(**batch)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_a_plain_loop_learns_and_logs_the_variants():
+    model, batch = tiny_bert().train(), batch_of(token_data(), range(8))
+    step = ComparativeStep(model, plan(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    logs = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        step(batch).backward()
+        optimizer.step()
+        logs.append(step.log())
+    assert list(logs[0]) == ["loss_full", "loss_ablated_1", "loss_ablated_2", "violation_rate"]
+    assert logs[-1]["loss_full"] < 0.5 * logs[0]["loss_full"]
+    assert step.log() == {}
+
+
+def test_a_loss_function_of_the_loop_is_compared():
+    model, batch = tiny_bert().train(), batch_of(token_data())
+
+    def smoothed(model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return F.cross_entropy(logits, batch["labels"], label_smoothing=0.2)
+
+    seen = []
+    step = ComparativeStep(model, plan(2), lambda losses: (seen.append(losses), comparative_loss(losses))[1])
+    loss, _ = loss_and_gradients(step, model, batch, smoothed)
+    (losses,) = seen[-1:]
+    assert losses.shape == (4, 1, 3)
+    full = F.cross_entropy(model.eval()(**batch).logits, batch["labels"], label_smoothing=0.2, reduction="none")
+    torch.testing.assert_close(losses[:, 0, 0].detach(), full.detach())
+    torch.testing.assert_close(loss, comparative_loss(losses.detach()).mean())
+
+
+def test_any_callable_is_an_objective():
+    model, batch = tiny_bert().train(), batch_of(token_data())
+    last = loss_and_gradients(ComparativeStep(model, plan(2), lambda losses: losses[..., -1]), model, batch)
+    expected = loss_and_gradients(
+        ComparativeStep(model, plan(2), RegularizedLoss(primary="last", weight=0.0)), model, batch
+    )
+    torch.testing.assert_close(last, expected)
+
+
+def test_low_memory_has_the_gradients_of_the_ordinary_step_whatever_scales_the_loss():
+    model, batch = tiny_bert().train(), batch_of(token_data())
+    found = []
+    for low_memory in (False, True):
+        step = ComparativeStep(model, plan(3), forward="sequential", low_memory=low_memory)
+        torch.manual_seed(5)
+        model.zero_grad()
+        (3 * step(batch)).backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-8)
+
+
+def test_tuples_and_tensors_are_batches_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)).train()
+    batch = (torch.randn(6, 4), torch.arange(6) % 3)
+
+    def loss_fn(model, batch):
+        inputs, labels = batch
+        return F.cross_entropy(model(inputs), labels)
+
+    step = ComparativeStep(model, plan(2))
+    loss, _ = loss_and_gradients(step, model, batch, loss_fn)
+    assert loss > 0
+    assert 0 < step.log()["loss_full"] < 3
+
+
+def test_a_step_in_eval_mode_is_rejected():
+    model = tiny_bert().eval()
+    with pytest.raises(ValueError, match=r"in eval mode .*Call model\.train\(\)"):
+        ComparativeStep(model, plan(2))(batch_of(token_data()))
+
+
+@pytest.mark.parametrize(
+    ("ablations", "message"),
+    [([], "no ablations"), ([CmpDrop], r"CmpDrop is a class; pass an object"), ([2], "2 is not an ablation")],
+)
+def test_what_is_no_ablation_is_rejected(ablations, message):
+    with pytest.raises(ValueError, match=message):
+        ComparativeStep(tiny_bert(), ablations)
+
+
+def test_all_problems_of_a_setting_are_reported_together():
+    with pytest.raises(ValueError, match=r"forward 'fast' is unknown(.|\n)*give one for each drop"):
+        ComparativeStep(tiny_bert(), [CmpDrop(rates=(0.1,))] * 2, forward="fast")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes saved; accelerate launches them, and they talk through gloo."""
+    folder, root = tmp_path_factory.mktemp("two"), Path(__file__).parent.parent
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    done = subprocess.run(
+        [*launcher, f"--main_process_port={free_port()}", step_in_accelerate.__file__, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.xdist_group("accelerate")
+@pytest.mark.parametrize("setting", step_in_accelerate.SETTINGS)
+def test_a_loop_in_two_processes_trains_as_one_that_accumulates(setting, two_processes):
+    alone = step_in_accelerate.train(2, **step_in_accelerate.SETTINGS[setting])
+    tolerance = {"rtol": 0.05, "atol": 5e-3} if setting == "bf16" else {}
+    for result in two_processes:
+        torch.testing.assert_close(result[setting], alone, **tolerance)
