@@ -259,6 +259,7 @@ def _nothing_dropped(step: Any, forwards: Forwards, full: Any) -> str | None:
     problem = _why_nothing_drops(sites, drop, step.model)
     if step.settings_may_change and sites:
         logger.warning("%s Nothing will differ between the variants until a callback changes that.", problem)
+        step.dropped_nothing = True
         return None
     return problem
 
@@ -449,6 +450,15 @@ def check_reached(trainer: Any, reached: bool) -> None:
 
 
 # --- when a training is over ---
+
+
+def check_differed(dropped_nothing: bool, differed: bool) -> None:
+    """Raises a ValueError where no dropout rate was positive on the first batch and no variant ever differed."""
+    if dropped_nothing and not differed:
+        raise ValueError(
+            "the losses of the variants never differed: every dropout rate was 0 when training began, and no callback "
+            "changed that. Pass --cmp_dropout 0.1 (or --cmp_dropout_rates), or give the model a dropout rate."
+        )
 
 
 def check_crops_removed(removed: Tensor | None) -> None:

@@ -134,6 +134,7 @@ class ComparativeStep:
         checks.check_step(self)
         self.losses_log = LossLog([variant.name for variant in self.variants])
         self.settings_may_change = False  # whether callbacks may change dropout rates later on
+        self.dropped_nothing = False  # whether no dropout rate was positive on the first batch
         self.num_comparisons = 0
         self._plans: dict[bool, Plan] = {}
         self._stacking: Stacking | None = None
@@ -213,6 +214,9 @@ class ComparativeStep:
         """
         self._check_deviation()
         checks.check_crops_removed(self._removed)
+        if self.dropped_nothing:
+            self.losses_log.pop()
+            checks.check_differed(self.dropped_nothing, self.losses_log.differed)
 
     # --- a step ---
 

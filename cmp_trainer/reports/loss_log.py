@@ -26,7 +26,8 @@ class LossLog:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        self._are_equal = False  # the variants in the latest log, which is warned of once
+        self.differed = False  # whether the variants' mean losses ever differed
+        self._are_equal = False  # whether they were equal in the latest log, which is warned of once
         # (4, parts, 1 + c + 1): weighted sums, weights, counts of the non-finite, and those of the first such batch
         self._sums: Tensor | None = None
 
@@ -78,7 +79,7 @@ class LossLog:
                 "dropout rate 0?",
                 means[0],
             )
-        self._are_equal = are_equal
+        self._are_equal, self.differed = are_equal, self.differed or not are_equal
 
 
 def _warn(names: list[str], counts: list[float], first_counts: list[float]) -> None:
