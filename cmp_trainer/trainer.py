@@ -7,46 +7,38 @@ user's add to it, and compares what it returns. Everything else, from data loadi
 
 from __future__ import annotations
 
-import inspect
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from os import PathLike
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective
+from transformers import Seq2SeqTrainer
+from transformers.trainer_utils import default_compute_objective
 
 from cmp_trainer import checks
 from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
 from cmp_trainer.ablations.plan import variants_of
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.arguments import CmpTrainingArguments
-from cmp_trainer.execution.traces import no_traces
+from cmp_trainer.chain import ChainLoss, accepted_columns, shadowed, without_segments
 from cmp_trainer.losses.comparative import Objective
 from cmp_trainer.losses.examples import PerExampleLoss, losses_of_examples
 from cmp_trainer.losses.reductions import example_mean
-from cmp_trainer.reports.ablated_evaluation import (
-    AblatedEvaluation,
-    VariantsInEvaluation,
-    without_segments,
-    without_variants,
-)
+from cmp_trainer.reports.ablated_evaluation import AblatedEvaluation, VariantsInEvaluation, without_variants
 from cmp_trainer.reports.curves import ablation_curve
 from cmp_trainer.reports.model_card import write_model_card
 from cmp_trainer.reports.training_plot import show_variants_in_progress_bar
-from cmp_trainer.saving.checkpoints import being_written, checkpoint_to_resume
+from cmp_trainer.saving.checkpoints import WholeCheckpoints
 from cmp_trainer.saving.pushing import ReportsPushes
 from cmp_trainer.step import ComparativeStep, bare_model
 
 logger = logging.getLogger(__name__)
 
 
-class CmpTrainer(ReportsPushes):
+class CmpTrainer(WholeCheckpoints, ReportsPushes):
     """The Trainer with comparative loss, alone or as one base of a trainer of your own, in any order.
 
     Args:
@@ -76,8 +68,8 @@ class CmpTrainer(ReportsPushes):
         self._given_ablations, self._given_objective = ablations, objective
         self._step: ComparativeStep | None = None
         self._made_of: tuple[Any, ...] = ()
-        self._loss_depth, self._is_training_step, self._logs_itself, self._reached = 0, False, False, False
-        self._evaluation: AblatedEvaluation | VariantsInEvaluation | None = None
+        self.loss_depth, self._is_training_step, self._logs_itself, self._reached = 0, False, False, False
+        self.evaluation: AblatedEvaluation | VariantsInEvaluation | None = None
         super().__init__(*args, **kwargs)
         if self.num_ablations:
             show_variants_in_progress_bar(self)
@@ -120,15 +112,13 @@ class CmpTrainer(ReportsPushes):
 
     # --- training ---
 
-    def train(self, resume_from_checkpoint: str | PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Adds: every training step is compared, or ends in an error; an incomplete checkpoint is skipped (True) or
-        rejected (a path)."""
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds: every training step is compared, or ends in an error."""
         if not self.num_ablations and self.hp_search_backend is None:
             logger.warning("comparative loss is off (--cmp_num_ablations 0): training as the plain Trainer does.")
         self._step = None
-        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        with _shadowed(self, training_step=self._outermost_training_step):
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with shadowed(self, training_step=self._outermost_training_step):
+            output = super().train(*args, **kwargs)
         if self.num_ablations and self._step is not None:
             self._step.check_end()
         return output
@@ -151,7 +141,7 @@ class CmpTrainer(ReportsPushes):
         self._is_training_step, self._reached = True, False
         chain = type(self).compute_loss.__get__(self)
         try:
-            with _shadowed(self, compute_loss=lambda *a, **k: self._compare(chain, *a, **k)):
+            with shadowed(self, compute_loss=functools.partial(self._compare, chain)):
                 loss = training_step(*args, **kwargs)
         finally:
             self._is_training_step = False
@@ -168,7 +158,7 @@ class CmpTrainer(ReportsPushes):
     ) -> Any:
         """Adds `per_example_loss_func`; where it is called in train mode outside of a training, the comparison."""
         in_training = model.training and not self.is_in_train and torch.is_grad_enabled()
-        if not self.num_ablations or self._loss_depth or self._evaluation is not None or not in_training:
+        if not self.num_ablations or self.loss_depth or self.evaluation is not None or not in_training:
             return self._plain_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         return self._compare(self._plain_loss, model, inputs, return_outputs, num_items_in_batch, **kwargs)
 
@@ -187,7 +177,9 @@ class CmpTrainer(ReportsPushes):
         step.settings_may_change = any(
             not type(one).__module__.startswith(("transformers.", "cmp_trainer.")) for one in self._callbacks
         )
-        loss_fn = _LossOfTrainer(self, chain, return_outputs, {"num_items_in_batch": num_items_in_batch, **kwargs})
+        loss_fn = ChainLoss(
+            self, chain, return_outputs, leaves_traces=True, num_items_in_batch=num_items_in_batch, **kwargs
+        )
         before = step.num_comparisons
         loss = step(inputs, loss_fn)
         self.num_comparisons += step.num_comparisons - before
@@ -206,7 +198,7 @@ class CmpTrainer(ReportsPushes):
         if self.per_example_loss_func is None:
             kwargs["num_items_in_batch"] = num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        outputs = model(**_accepted(bare_model(model), inputs))
+        outputs = model(**accepted_columns(bare_model(model), inputs))
         loss = example_mean(losses_of_examples(self.per_example_loss_func, outputs, inputs))
         if model.training and num_items_in_batch is not None and not self._divides_by_steps:
             loss = loss / self.current_gradient_accumulation_steps  # the Trainer counted labels and will not divide
@@ -251,16 +243,11 @@ class CmpTrainer(ReportsPushes):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Adds the variants' mean losses to the metrics under --cmp_eval_ablations."""
-        evaluation = self._evaluation or VariantsInEvaluation(self)
-        previous, self._evaluation = self._evaluation, evaluation
-        chain = type(self).prediction_step.__get__(self)
-        try:
-            with _shadowed(self, prediction_step=lambda *a, **k: evaluation.prediction_step(chain, *a, **k)):
-                output = super().evaluation_loop(
-                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-                )
-        finally:
-            self._evaluation = previous
+        evaluation = self.evaluation or VariantsInEvaluation(self)
+        step = functools.partial(evaluation.prediction_step, type(self).prediction_step.__get__(self))
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with shadowed(self, prediction_step=step, evaluation=evaluation):
+            output = super().evaluation_loop(*arguments)
         return output._replace(metrics={**(output.metrics or {}), **evaluation.metrics(f"{metric_key_prefix}_")})
 
     def evaluate_ablations(
@@ -278,19 +265,6 @@ class CmpTrainer(ReportsPushes):
         """
         self.curve = ablation_curve(self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name)
         return self.curve
-
-    def evaluation_under(self, evaluation: AblatedEvaluation, dataset: Any, prediction_loss_only: bool) -> Any:
-        """The Trainer's own evaluation loop, under ablation."""
-        previous, self._evaluation = self._evaluation, evaluation
-        try:
-            dataloader = self.get_eval_dataloader(dataset)
-            return self.evaluation_loop(dataloader, "Ablation", prediction_loss_only or None)
-        finally:
-            self._evaluation = previous
-
-    def replaced_loss(self, compute_loss: Callable[..., Any]) -> AbstractContextManager[None]:
-        """Context in which `self.compute_loss` is another function, for evaluations under ablation."""
-        return _shadowed(self, compute_loss=compute_loss)
 
     def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any):
         """Adds: the variants' losses in an evaluation are no part of the default objective."""
@@ -310,15 +284,6 @@ class CmpTrainer(ReportsPushes):
         elif self.is_world_process_zero():
             write_model_card(self, *args, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with being_written(checkpoint, is_writer=self.args.should_save):
-            super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # so that the state, which comes next, is the last file of all processes
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         crops = any(isinstance(ablation, CmpCrop) for ablation in self.ablations) if self.num_ablations else False
@@ -328,53 +293,3 @@ class CmpTrainer(ReportsPushes):
 
 class CmpSeq2SeqTrainer(CmpTrainer, Seq2SeqTrainer):
     """The Seq2SeqTrainer with comparative loss; see CmpTrainer. Generation in evaluation is unchanged."""
-
-
-class _LossOfTrainer:
-    """`loss_fn(model, batch)` of a step: the trainer's chain of compute_loss, of which one run leaves traces."""
-
-    def __init__(self, trainer: CmpTrainer, chain: Callable[..., Any], outputs: bool, kwargs: dict[str, Any]) -> None:
-        self.trainer, self.chain, self.kwargs, self.with_outputs = trainer, chain, kwargs, outputs
-        self.outputs: Any = None
-        self._is_checking, self._has_run = True, False
-        owners = [kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
-        self.stackable = not outputs and owners == [CmpTrainer, Trainer]
-
-    def begin(self) -> None:
-        """The step's own runs begin; what was run before were checks."""
-        self._is_checking = False
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        is_first = not self._is_checking and not self._has_run
-        self._has_run = not self._is_checking
-        self.trainer._loss_depth += 1
-        try:
-            with nullcontext() if is_first else no_traces(self.trainer):
-                result = self.chain(model, batch, return_outputs=self.with_outputs, **self.kwargs)
-        finally:
-            self.trainer._loss_depth -= 1
-        loss, outputs = result if isinstance(result, tuple) else (result, None)
-        if is_first:
-            self.outputs = outputs
-        return loss
-
-
-@contextmanager
-def _shadowed(trainer: Any, **methods: Any) -> Iterator[None]:
-    """Methods of this one object are other ones in the body, whatever class of its bases they come from."""
-    before = {name: vars(trainer)[name] for name in methods if name in vars(trainer)}
-    vars(trainer).update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            vars(trainer).pop(name, None)
-        vars(trainer).update(before)
-
-
-def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The columns that the model's forward takes; the others are for the user's loss."""
-    parameters = inspect.signature(model.forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return inputs
-    return {name: value for name, value in inputs.items() if name in parameters}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmp_trainer.ablations.crop import SEGMENTS
+from cmp_trainer.chain import ChainLoss, shadowed, without_segments
 from cmp_trainer.checks import train_mode_except_batch_norm
 from cmp_trainer.execution.random_state import preserve_rng_state
 from cmp_trainer.reports.loss_log import LossLog
@@ -54,7 +54,7 @@ class VariantsInEvaluation:
         devices = step._devices(inputs)
         with preserve_rng_state(devices), train_mode_except_batch_norm(model), trainer.compute_loss_context_manager():
             torch.manual_seed(trainer.args.seed)
-            losses = step.losses(inputs, evaluated_loss(trainer))
+            losses = step.losses(inputs, _loss_of(trainer))
         if losses is None:
             return
         rows = losses.weights.shape[0]
@@ -86,10 +86,17 @@ class AblatedEvaluation:
         with preserve_rng_state(step._devices(inputs)), train_mode_except_batch_norm(model):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, self._batches]).generate_state(1)[0]))
             batch = without_segments(step.batch_at(inputs, self.levels, self.most))
-            with trainer.replaced_loss(self._loss):
+            with shadowed(trainer, compute_loss=self._loss):
                 result = chain(model, batch, *args, **kwargs)
         self._batches += 1
         return result
+
+    def run(self, dataset: Any, prediction_loss_only: bool) -> Any:
+        """What the Trainer's own evaluation loop returns, under ablation."""
+        trainer = self.trainer
+        with shadowed(trainer, evaluation=self):
+            dataloader = trainer.get_eval_dataloader(dataset)
+            return trainer.evaluation_loop(dataloader, "Ablation", prediction_loss_only or None)
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """None besides the Trainer's."""
@@ -103,7 +110,7 @@ class AblatedEvaluation:
         return torch.cat(self._values).numpy(), torch.cat(self._weights).numpy()
 
     def _loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss_fn = evaluated_loss(self.trainer, return_outputs, **kwargs)
+        loss_fn = _loss_of(self.trainer, return_outputs, **kwargs)
         loss, losses = self.trainer.comparative_step(model).measure(inputs, loss_fn, self.levels)
         if losses is not None:
             gathered = self.trainer.accelerator.gather_for_metrics(tuple(losses))
@@ -112,29 +119,12 @@ class AblatedEvaluation:
         return (loss, loss_fn.outputs) if return_outputs else loss
 
 
-class evaluated_loss:
-    """`loss_fn(model, batch)`: what the trainer's chain of compute_loss returns in an evaluation."""
-
-    def __init__(self, trainer: Any, return_outputs: bool = False, **kwargs: Any) -> None:
-        self.trainer, self.return_outputs, self.kwargs = trainer, return_outputs, kwargs
-        self.outputs: Any = None
-
-    def __call__(self, model: Any, batch: Any) -> Tensor:
-        result = type(self.trainer).compute_loss(
-            self.trainer, model, batch, return_outputs=self.return_outputs, **self.kwargs
-        )
-        loss, self.outputs = result if isinstance(result, tuple) else (result, None)
-        return loss
-
-
-def without_segments(inputs: Any) -> Any:
-    """The batch without the column that only crops read."""
-    if isinstance(inputs, Mapping) and SEGMENTS in inputs:
-        return {name: value for name, value in inputs.items() if name != SEGMENTS}
-    return inputs
-
-
 def without_variants(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     """Metrics of an evaluation without what the variants of these names added."""
     added = (*(f"_loss_{name}" for name in names), "_violation_rate")
     return {name: value for name, value in metrics.items() if not name.endswith(added)}
+
+
+def _loss_of(trainer: Any, return_outputs: bool = False, **kwargs: Any) -> ChainLoss:
+    """The loss of an evaluation, which leaves no traces besides those of the Trainer's own evaluation."""
+    return ChainLoss(trainer, type(trainer).compute_loss.__get__(trainer), return_outputs, **kwargs)

@@ -114,7 +114,7 @@ def _evaluated(
     """Metrics, losses and weights `(examples, parts)` of the Trainer's own evaluation at a level of ablation."""
     evaluation = AblatedEvaluation(trainer, level, most, seed)
     with_metrics = _measures_metrics(trainer)
-    output = trainer.evaluation_under(evaluation, dataset, prediction_loss_only=not with_metrics)
+    output = evaluation.run(dataset, prediction_loss_only=not with_metrics)
     metrics = {
         name.removeprefix("eval_"): float(value)
         for name, value in output.metrics.items()

@@ -13,7 +13,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -33,6 +35,23 @@ def being_written(checkpoint: Path, is_writer: bool) -> Iterator[None]:
     yield
     if is_writer:
         _list_files(checkpoint.parent)
+
+
+class WholeCheckpoints(Trainer):
+    """A Trainer that never resumes silently from an incomplete checkpoint."""
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Adds: an incomplete checkpoint is skipped (True) or rejected (a path)."""
+        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with being_written(checkpoint, is_writer=self.args.should_save):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # so that the state, which comes next, is the last file of all processes
 
 
 def is_whole(checkpoint: Path) -> bool:
