@@ -12,23 +12,19 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
-from transformers.trainer_utils import default_compute_objective
 
 from cmp_trainer import checks
 from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
-from cmp_trainer.ablations.plan import variants_of
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.arguments import CmpTrainingArguments
 from cmp_trainer.chain import ChainLoss, accepted_columns, shadowed, without_segments
 from cmp_trainer.losses.comparative import Objective
 from cmp_trainer.losses.examples import PerExampleLoss, losses_of_examples
 from cmp_trainer.losses.reductions import example_mean
-from cmp_trainer.reports.ablated_evaluation import AblatedEvaluation, VariantsInEvaluation, without_variants
-from cmp_trainer.reports.curves import ablation_curve
+from cmp_trainer.reports.ablated_evaluation import EvaluatesVariants
 from cmp_trainer.reports.model_card import write_model_card
 from cmp_trainer.reports.training_plot import show_variants_in_progress_bar
 from cmp_trainer.saving.checkpoints import WholeCheckpoints
@@ -38,7 +34,7 @@ from cmp_trainer.step import ComparativeStep, bare_model
 logger = logging.getLogger(__name__)
 
 
-class CmpTrainer(WholeCheckpoints, ReportsPushes):
+class CmpTrainer(EvaluatesVariants, WholeCheckpoints, ReportsPushes):
     """The Trainer with comparative loss, alone or as one base of a trainer of your own, in any order.
 
     Args:
@@ -63,13 +59,11 @@ class CmpTrainer(WholeCheckpoints, ReportsPushes):
         **kwargs: Any,
     ) -> None:
         self.num_comparisons = 0
-        self.curve: pd.DataFrame | None = None
         self.per_example_loss_func = per_example_loss_func
         self._given_ablations, self._given_objective = ablations, objective
         self._step: ComparativeStep | None = None
         self._made_of: tuple[Any, ...] = ()
         self.loss_depth, self._is_training_step, self._logs_itself, self._reached = 0, False, False, False
-        self.evaluation: AblatedEvaluation | VariantsInEvaluation | None = None
         super().__init__(*args, **kwargs)
         if self.num_ablations:
             show_variants_in_progress_bar(self)
@@ -214,7 +208,7 @@ class CmpTrainer(WholeCheckpoints, ReportsPushes):
     def _callbacks(self) -> list[Any]:
         return self.callback_handler.callbacks
 
-    # --- logs and evaluation ---
+    # --- logs ---
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         self._logs_itself = True
@@ -233,47 +227,6 @@ class CmpTrainer(WholeCheckpoints, ReportsPushes):
 
     def _sum_over_processes(self, sums: Tensor) -> Any:
         return self.accelerator.reduce(sums, "sum")
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """Adds the variants' mean losses to the metrics under --cmp_eval_ablations."""
-        evaluation = self.evaluation or VariantsInEvaluation(self)
-        step = functools.partial(evaluation.prediction_step, type(self).prediction_step.__get__(self))
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        with shadowed(self, prediction_step=step, evaluation=evaluation):
-            output = super().evaluation_loop(*arguments)
-        return output._replace(metrics={**(output.metrics or {}), **evaluation.metrics(f"{metric_key_prefix}_")})
-
-    def evaluate_ablations(
-        self,
-        eval_dataset: Any = None,
-        *,
-        drops: int | None = None,
-        crops: int | None = None,
-        seeds: Sequence[int] = (0, 1, 2),
-        model_name: str | None = None,
-    ) -> pd.DataFrame:
-        """Loss, metrics and violations at 0, 1, … levels of ablation, which the model card shows from then on.
-
-        Arguments, columns of the result and errors are those of `cmp_trainer.reports.curves.ablation_curve`.
-        """
-        self.curve = ablation_curve(self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name)
-        return self.curve
-
-    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any):
-        """Adds: the variants' losses in an evaluation are no part of the default objective."""
-
-        def objective(metrics: dict[str, float]) -> float:
-            names = [variant.name for variant in variants_of(self.ablations)[1]] if self.num_ablations else []
-            return default_compute_objective(without_variants(metrics, names))
-
-        return super().hyperparameter_search(hp_space, compute_objective or objective, *args, **kwargs)
 
     # --- saving ---
 

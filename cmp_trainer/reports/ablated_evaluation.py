@@ -7,16 +7,22 @@ loss and metrics are what the Trainer makes of an ablated model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import default_compute_objective
 
+from cmp_trainer.ablations.plan import variants_of
 from cmp_trainer.chain import ChainLoss, shadowed, without_segments
 from cmp_trainer.checks import train_mode_except_batch_norm
 from cmp_trainer.execution.random_state import preserve_rng_state
+from cmp_trainer.reports.curves import ablation_curve
 from cmp_trainer.reports.loss_log import LossLog
 
 
@@ -117,6 +123,63 @@ class AblatedEvaluation:
             self._values.append(gathered[0].float().cpu())
             self._weights.append(gathered[1].float().cpu())
         return (loss, loss_fn.outputs) if return_outputs else loss
+
+
+class EvaluatesVariants(Trainer):
+    """The hooks of a Trainer's evaluation: variants beside an ordinary one, and evaluations under ablation.
+
+    Attributes:
+        evaluation: the evaluation that is running; None outside of one.
+        curve: the latest ablation curve, which the model card shows.
+    """
+
+    evaluation: AblatedEvaluation | VariantsInEvaluation | None = None
+    curve: pd.DataFrame | None = None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Adds the variants' mean losses to the metrics under --cmp_eval_ablations."""
+        evaluation = self.evaluation or VariantsInEvaluation(self)
+        step = functools.partial(evaluation.prediction_step, type(self).prediction_step.__get__(self))
+        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with shadowed(self, prediction_step=step, evaluation=evaluation):
+            output = super().evaluation_loop(*arguments)
+        return output._replace(metrics={**(output.metrics or {}), **evaluation.metrics(f"{metric_key_prefix}_")})
+
+    def evaluate_ablations(
+        self,
+        eval_dataset: Any = None,
+        *,
+        drops: int | None = None,
+        crops: int | None = None,
+        seeds: Sequence[int] = (0, 1, 2),
+        model_name: str | None = None,
+    ) -> pd.DataFrame:
+        """Loss, metrics and violations at 0, 1, … levels of ablation, which the model card shows from then on.
+
+        Arguments, columns of the result and errors are those of `cmp_trainer.reports.curves.ablation_curve`.
+        """
+        self.curve = ablation_curve(self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name)
+        return self.curve
+
+    def ablated_evaluation(self, level: tuple[int, ...], most: tuple[int, ...], seed: int) -> AblatedEvaluation:
+        """An evaluation at a level of ablation, to be run."""
+        return AblatedEvaluation(self, level, most, seed)
+
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any):
+        """Adds: the variants' losses in an evaluation are no part of the default objective."""
+
+        def objective(metrics: dict[str, float]) -> float:
+            names = [variant.name for variant in variants_of(self.ablations)[1]] if self.num_ablations else []
+            return default_compute_objective(without_variants(metrics, names))
+
+        return super().hyperparameter_search(hp_space, compute_objective or objective, *args, **kwargs)
 
 
 def without_variants(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 
 from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
-from cmp_trainer.reports.ablated_evaluation import AblatedEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +111,7 @@ def _evaluated(
     trainer: Any, dataset: Any, level: tuple[int, ...], most: tuple[int, ...], seed: int
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
     """Metrics, losses and weights `(examples, parts)` of the Trainer's own evaluation at a level of ablation."""
-    evaluation = AblatedEvaluation(trainer, level, most, seed)
+    evaluation = trainer.ablated_evaluation(level, most, seed)
     with_metrics = _measures_metrics(trainer)
     output = evaluation.run(dataset, prediction_loss_only=not with_metrics)
     metrics = {
