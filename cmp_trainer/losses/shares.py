@@ -87,6 +87,22 @@ class Plan:
     undecided: bool = False
     has_rest: bool = False
 
+    def layout(self, place: Place) -> Layout | None:
+        """The layout of a reduction, None where it belongs to no example. A line that is called more often than on
+        the batch that was planned on is read as its other calls were.
+
+        Raises:
+            Replan: nothing is known of this place.
+        """
+        if place in self.taken:
+            return self.taken[place]
+        if place in self.passed or place[:2] in self.loops:
+            return None
+        known = {self.taken.get(other) for other in (*self.taken, *self.passed) if other[:2] == place[:2]}
+        if len(known) != 1:
+            raise Replan(f"{place.function} at {place.line} is a new reduction of the loss")
+        return known.pop()
+
 
 def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place, float] | None = None) -> Shares:
     """The shares of one run, found where the plan says.
@@ -98,18 +114,19 @@ def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place
         Replan: the loss went another way than on the batch that was planned on.
     """
     noted = forward.reductions.noted
+    layouts_of = {id(reduction): _layout_or_none(plan, reduction) for reduction in noted}
     for reduction in noted:
-        reduction.gate.passes = reduction.place not in plan.taken
+        reduction.gate.passes = layouts_of[id(reduction)] is None
     forward.reductions.read(forward.loss)
     rows = (num_rows(batch) or 0) // plan.rows_per_example
     active = [reduction for reduction in noted if reduction.coefficient is not None]
-    if any(reduction.place not in plan.taken and reduction.place not in plan.passed for reduction in active):
-        raise Replan("a reduction of the loss is new")
-    taken = [reduction for reduction in active if reduction.place in plan.taken]
     columns: list[tuple[Tensor, Tensor]] = []
     try:
-        for reduction in taken:
-            values, weights = _rows_of(reduction, plan.taken[reduction.place], rows, batch)
+        for reduction in active:
+            layout = plan.layout(reduction.place)
+            if layout is None:
+                continue
+            values, weights = _rows_of(reduction, layout, rows, batch)
             factor = 1.0 if factors is None else factors[reduction.place]
             columns.append((values * factor, weights * factor))
         for where, together in plan.loops.items():
@@ -121,6 +138,14 @@ def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place
         raise Replan("no reduction that was planned for")
     values, weights = _parts(columns, batch)
     return Shares(values, weights.detach(), forward.loss - values.sum())
+
+
+def _layout_or_none(plan: Plan, reduction: Reduction) -> Layout | None:
+    """A new reduction that the loss does not depend on is no matter."""
+    try:
+        return plan.layout(reduction.place)
+    except Replan:
+        return None
 
 
 def deviation(shares: Shares, forward: Forward, plan: Plan) -> Tensor | None:
@@ -184,6 +209,7 @@ class _Planner:
         self.anchors = _reached(first.loss, first.outputs, rows * rows_per_example)
         if not self.anchors:  # chosen and rejected answers may run as one batch of twice the rows
             self.anchors = _reached(first.loss, first.outputs, 2 * rows * rows_per_example)
+        self._inside: list[Tensor] = []
         self.moved = self._with_labels_exchanged()
         self.moved_outputs = self._outputs_moved()
 
@@ -318,6 +344,7 @@ class _Planner:
             raise CannotCompare(_NOTHING) from replan
         loss, rest = self.first.loss.detach(), shares.rest
         self.result.has_rest = bool((rest.detach().abs() > 1e-5 * loss.abs().clamp(min=1e-12)).any())
+        self._anchor_inside()
         total, left = (_gradients(value, self.anchors) for value in (self.first.loss, rest))
         if not any(_reaches(a, b) for a, b in zip(left, total, strict=True)):
             return
@@ -330,6 +357,18 @@ class _Planner:
         pairs = [(a, b) for a, b in zip(left, moved, strict=True) if a is not None and b is not None]
         if self.moved_outputs or any(_differ(a, b, 1e-3) for a, b in pairs):
             raise CannotCompare(_REST)
+
+    def _anchor_inside(self) -> None:
+        """Where the loss passes by no output, the earliest activation by row serves to look at the rest."""
+        if self.anchors or not self.result.has_rest:
+            return
+        rows = self.rows * self.result.rows_per_example
+        for number, one in enumerate(self.first.activations):
+            if len(one) == rows and _nonzero(_gradients(self.first.loss, [one])[0]):
+                others = self.moved.activations if self.moved is not None else []
+                self.anchors = [one]
+                self._inside = others[number : number + 1] if len(others) == len(self.first.activations) else []
+                return
 
     def _check_straight(self) -> None:
         """The coefficients do not move with the loss itself, as in the root or the logarithm of a mean."""
@@ -368,6 +407,8 @@ class _Planner:
 
     def _moved_anchors(self) -> list[Tensor]:
         assert self.moved is not None
+        if self._inside:
+            return self._inside
         numbers = [n for n, one in enumerate(self.first.outputs) if any(one is anchor for anchor in self.anchors)]
         return [self.moved.outputs[number] for number in numbers if number < len(self.moved.outputs)]
 
