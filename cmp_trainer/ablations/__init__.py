@@ -1,1 +1,5 @@
-"""What is taken away: hidden neurons, input context."""
+"""What is taken away: hidden neurons, input context, or what an ablation of your own takes away."""
+
+from cmp_trainer.ablations.protocol import Ablation
+
+__all__ = ["Ablation"]

@@ -58,6 +58,9 @@ def plan(
 def variants_of(ablations: Sequence[Ablation]) -> tuple[list[Ablation], list[Variant]]:
     """The distinct kinds among the ablations, and the full model and its variants, from least to most ablated.
 
+    Raises:
+        ValueError: two variants would have the same name.
+
     Examples:
         >>> kinds, variants = variants_of(plan(3, num_crops=1))
         >>> [(variant.name, variant.levels) for variant in variants]
@@ -74,4 +77,11 @@ def variants_of(ablations: Sequence[Ablation]) -> tuple[list[Ablation], list[Var
         levels[kind] += 1
         number = number if ablation.name == Ablation.name else levels[kind]
         variants.append(Variant(f"{ablation.name}_{number}", tuple(levels)))
+    names = [kind.name for kind in kinds if kind.name != Ablation.name]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{names.count(name)} ablations are named {name!r}; pass one object several times for more levels of "
+                "it, or give different ablations different names."
+            )
     return kinds, variants

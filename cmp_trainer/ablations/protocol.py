@@ -15,8 +15,9 @@ says what it does to the batch at a level (`batches`), to the forward (`context`
             ...  # take them back
 
 Random draws: every forward of a step, the full one included, starts from one random state, and `batches` and
-`context` are called in it. A kind that draws the same numbers at every level and uses more of them at higher levels is
-nested.
+`context` are called in it. A kind that draws the same numbers at every level, level 0 included, and uses more of them
+at higher levels is nested. `context` draws from the default generator and does not restore it: where nothing else in a
+step draws, the next step would start from the same random state and draw the same numbers.
 """
 
 from __future__ import annotations

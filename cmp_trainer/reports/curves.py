@@ -58,8 +58,9 @@ def ablation_curve(
         model_name: what the model is called in the table; by default the name of the output folder.
 
     Returns:
-        Columns `model`, `ablation` ("drops" or "crops"), `level`, `seed`, `examples`, `loss`, `violations` (share of
-        examples whose loss is higher at a lower level), and one for each metric. Level 0 is the full model.
+        Columns `model`, `ablation` ("drops", "crops", or the name of an ablation of your own), `level`, `seed`,
+        `examples`, `loss`, `violations` (share of examples whose loss is higher at a lower level), and one for each
+        metric. Level 0 is the full model.
 
     Raises:
         ValueError: no data, no seeds, no labels, no ablation, or a model in which nothing can be dropped.
@@ -210,7 +211,7 @@ def plot_curves(curve: pd.DataFrame, metric: str | None = None, loss_unit: str |
                 if (model, kind) in summary.index.droplevel("level"):
                     line = summary[measure].loc[model, kind]
                     axes.errorbar(line.index, line["mean"], yerr=line["std"], label=model, **_style(style))
-            axes.set_xlabel(_LEVEL_LABELS[kind])
+            axes.set_xlabel(_LEVEL_LABELS.get(kind, f"level of {kind} (0: full model)"))
             axes.set_ylabel(labels.get(measure, measure.replace("_", " ")))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(color="0.9")
