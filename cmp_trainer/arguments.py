@@ -1,7 +1,7 @@
 """The arguments of comparative loss, next to those of TrainingArguments.
 
-Values and combinations that cannot be meant are refused here, before anything is loaded, with the argument, its value
-and what to do.
+Invalid values and combinations are rejected here, before anything is loaded, with a message that names the argument,
+its value and the fix.
 """
 
 import math
@@ -47,7 +47,7 @@ class CmpTrainingArguments(TrainingArguments):
         cmp_objective (`str`, defaults to `"comparative"`):
             `comparative`, or `regularized`: primary + weight * ranking.
         cmp_baseline (`str`, defaults to `"zero"`):
-            Comparative objective: the loss that closes the comparison, `zero`, `first`, `best`, or a number.
+            Comparative objective: the loss that is appended last, `zero`, `first`, `best`, or a number.
         cmp_ranking (`str`, defaults to `"pairwise"`):
             `pairwise` hinge or `listwise` (ListMLE).
         cmp_temperature (`float`, defaults to 1.0):
@@ -75,7 +75,7 @@ class CmpTrainingArguments(TrainingArguments):
             Evaluation also reports the loss of every variant and the violation rate, for 1 + c more forwards a batch.
 
     Raises:
-        ValueError: a value or combination that cannot be meant; names the argument, its value and the fix.
+        ValueError: an invalid value or combination; names the argument, its value and the fix.
     """
 
     cmp_num_ablations: int = field(
@@ -102,7 +102,7 @@ class CmpTrainingArguments(TrainingArguments):
         default="comparative", metadata={"help": "comparative, or regularized: primary + weight * ranking."}
     )
     cmp_baseline: str = field(
-        default="zero", metadata={"help": "The loss that closes the comparison: zero, first, best, or a number."}
+        default="zero", metadata={"help": "The loss that is appended last: zero, first, best, or a number."}
     )
     cmp_ranking: Ranking = field(default="pairwise", metadata={"help": "pairwise hinge or listwise (ListMLE)."})
     cmp_temperature: float = field(default=1.0, metadata={"help": "Divides the task losses before the ranking."})
@@ -133,7 +133,7 @@ class CmpTrainingArguments(TrainingArguments):
         self.check_cmp_arguments()
 
     def check_cmp_arguments(self) -> None:
-        """Refuse values and combinations that cannot be meant; run at parsing and before training.
+        """Reject invalid values and combinations, at parse time and before training.
 
         Raises:
             ValueError: names the argument, its value and the fix.
@@ -143,7 +143,7 @@ class CmpTrainingArguments(TrainingArguments):
                 getattr(self, name) in choices,
                 name,
                 getattr(self, name),
-                f"is none of the choices; use one of {', '.join(choices)}",
+                f"is not a valid choice; use one of {', '.join(choices)}",
             )
         _check_numbers(self)
         _check_counts(self)
@@ -205,7 +205,7 @@ def _check_numbers(args: CmpTrainingArguments) -> None:
         _require(_is_real(value) or (value is None and may_be_none), name, value, fix)
     rates = args.cmp_dropout_rates
     are_numbers = isinstance(rates, list | tuple) and all(_is_real(rate) for rate in rates)
-    _require(rates is None or are_numbers, "cmp_dropout_rates", rates, "is no list of numbers; give [0.1, 0.2]")
+    _require(rates is None or are_numbers, "cmp_dropout_rates", rates, "must be a list of numbers, such as [0.1, 0.2]")
 
 
 def _check_counts(args: CmpTrainingArguments) -> None:
@@ -214,12 +214,12 @@ def _check_counts(args: CmpTrainingArguments) -> None:
         isinstance(ablations, int) and ablations >= 0,
         "cmp_num_ablations",
         ablations,
-        "is no count; give 0 or a whole number",
+        "must be a non-negative integer",
     )
-    _require(isinstance(crops, int) and crops >= 0, "cmp_num_crops", crops, "is no count; give 0 or a whole number")
+    _require(isinstance(crops, int) and crops >= 0, "cmp_num_crops", crops, "must be a non-negative integer")
     fix = f"is more than --cmp_num_ablations {ablations}; crops are some of the ablations, so raise that or lower this"
     _require(crops <= ablations, "cmp_num_crops", crops, fix)
-    fix = "holds all variants at once, which is what --cmp_low_memory avoids; drop one of the two"
+    fix = "holds all variants at once, which is what --cmp_low_memory avoids; remove one of the two"
     _require(not (args.cmp_low_memory and args.cmp_forward == "stacked"), "cmp_forward", args.cmp_forward, fix)
 
 
@@ -230,7 +230,7 @@ def _check_dropout(args: CmpTrainingArguments) -> None:
         base_rate is None or 0 < base_rate < 1,
         "cmp_dropout",
         base_rate,
-        "is no dropout rate; give one between 0 and 1",
+        "must be between 0 and 1",
     )
     if base_rate is not None and growth == "linear":
         fix = f"reaches {drops} * {base_rate} >= 1 under the linear schedule; lower it or use compound"
@@ -242,10 +242,12 @@ def _check_dropout(args: CmpTrainingArguments) -> None:
         bool(rates) and increasing,
         "cmp_dropout_rates",
         rates,
-        "do not grow from 0 to 1; give strictly increasing rates",
+        "must increase strictly between 0 and 1",
     )
-    _require(base_rate is None, "cmp_dropout_rates", rates, f"take the place of --cmp_dropout {base_rate}; drop one")
-    _require(growth == "compound", "cmp_dropout_rates", rates, f"take the place of the {growth} schedule; drop one")
+    _require(
+        base_rate is None, "cmp_dropout_rates", rates, f"replace --cmp_dropout {base_rate}; remove one of the two"
+    )
+    _require(growth == "compound", "cmp_dropout_rates", rates, f"replace the {growth} schedule; remove one of the two")
     if args.cmp_num_ablations:
         fix = f"are {len(rates)} rates for {drops} drops; give one rate for each drop"
         _require(len(rates) == drops, "cmp_dropout_rates", rates, fix)
@@ -259,20 +261,20 @@ def _check_objective(args: CmpTrainingArguments) -> None:
         args.cmp_loss_threshold,
     )
     named = args.cmp_baseline in get_args(NamedBaseline)
-    fix = f"is no baseline; give one of {', '.join(get_args(NamedBaseline))}, or a number"
+    fix = f"is not a valid baseline; use one of {', '.join(get_args(NamedBaseline))}, or a number"
     _require(named or _is_number(args.cmp_baseline), "cmp_baseline", args.cmp_baseline, fix)
-    _require(0 < temperature < math.inf, "cmp_temperature", temperature, "has to be a positive number")
-    _require(0 <= margin < math.inf, "cmp_margin", margin, "has to be 0 or a positive number")
-    _require(0 <= weight < math.inf, "cmp_weight", weight, "has to be 0 or a positive number")
-    _require(threshold is None or _is_number(threshold), "cmp_loss_threshold", threshold, "has to be a number")
-    fix = "means nothing to the listwise ranking; use --cmp_ranking pairwise"
+    _require(0 < temperature < math.inf, "cmp_temperature", temperature, "must be a positive number")
+    _require(0 <= margin < math.inf, "cmp_margin", margin, "must be 0 or a positive number")
+    _require(0 <= weight < math.inf, "cmp_weight", weight, "must be 0 or a positive number")
+    _require(threshold is None or _is_number(threshold), "cmp_loss_threshold", threshold, "must be a number")
+    fix = "has no effect with the listwise ranking; use --cmp_ranking pairwise"
     _require(not margin or args.cmp_ranking == "pairwise", "cmp_margin", margin, fix)
     if args.cmp_objective == "regularized":
-        fix = "means nothing to the regularized objective, which has no baseline; drop it"
+        fix = "has no effect with the regularized objective, which has no baseline; remove it"
         _require(args.cmp_baseline == "zero", "cmp_baseline", args.cmp_baseline, fix)
         return
     for name, default in _REGULARIZED_ONLY.items():
-        fix = "means nothing to the comparative objective; add --cmp_objective regularized or drop it"
+        fix = "has no effect with the comparative objective; add --cmp_objective regularized or remove it"
         _require(getattr(args, name) == default, name, getattr(args, name), fix)
 
 

@@ -41,7 +41,7 @@ class ChainLoss:
         self._leaves_traces, self._is_first = leaves_traces, False
         owners = [kind.__module__ for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
         # Code of others may look at the whole batch, or keep what it finds.
-        self.stackable = not return_outputs and owners == ["cmp_trainer.trainer", "transformers.trainer"]
+        self.stackable = owners == ["cmp_trainer.trainer", "transformers.trainer"]
 
     def begin(self) -> None:
         """The step's own runs begin; what was run before were checks."""

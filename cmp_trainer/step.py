@@ -240,7 +240,8 @@ class ComparativeStep:
             return self._low_memory(forwards, batches, devices)
         if not torch.is_grad_enabled():
             raise ValueError("a comparative step needs gradients; step.losses(batch) measures without them.")
-        if self._stacking is not None and prefer_stacked(full, self.forward):
+        wants_outputs = getattr(forwards.loss_fn, "return_outputs", False)
+        if self._stacking is not None and not wants_outputs and prefer_stacked(full, self.forward):
             stacked = self._stacking.run(forwards, batches, self.variants)
             if stacked is not None:
                 return self._minimized(stacked)

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 
 from cmp_trainer import CmpTrainer
-from cmp_trainer.ablations.drop import CmpDrop, DropoutSchedule
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.execution.ablated import Ablated
 from tests.helpers import training_arguments
 from tests.tiny_models import AVAILABLE, SWITCH, TINY_MODELS
 
@@ -57,7 +58,7 @@ def test_the_full_variant_is_the_eval_model(tiny):
         with torch.no_grad():
             expected = model.eval()(**batch)
             dropped = model.train()(**batch)
-            with CmpDrop(0):
+            with Ablated([CmpDrop()], [0]):
                 full = model(**batch)
         torch.testing.assert_close(full.logits, expected.logits, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(full.loss, expected.loss, rtol=1e-6, atol=1e-6)
@@ -111,13 +112,13 @@ def gradients(trainer, batch):
 def kept_neurons(model, batch, drops):
     """What each dropout site of a forward keeps after so many drops of rate 0.3, from one random state."""
     torch.manual_seed(0)
-    with torch.no_grad(), KeptNeurons() as sites, CmpDrop(drops, DropoutSchedule(base_rate=0.3)):
+    with torch.no_grad(), KeptNeurons() as sites, Ablated([CmpDrop(base_rate=0.3)], [drops]):
         model.train()(**batch)
     return sites.kept
 
 
 class KeptNeurons(TorchFunctionMode):
-    """Notes at each dropout call which elements it keeps; to be entered around CmpDrop, whose rates it then sees.
+    """Notes at each dropout call which elements it keeps; to be entered around the ablation, whose rates it then sees.
 
     The call is made a second time from the same random state on inputs that show the mask: ones, or, for attention,
     values that are the identity, so that the output is the attention weights.

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from cmp_trainer.ablations.drop import CmpDrop, DropoutSchedule, DropoutSites, dropout_awake
-from cmp_trainer.execution.random_state import RandomState, untouched_randomness
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.checks import _NotedRates, train_mode_except_batch_norm
+from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from tests.helpers import batch_of, tiny_bert, token_data
 
 ONES = torch.ones(4, 6, 50)
@@ -34,9 +36,14 @@ DROPOUT_CALLS = {
 ALPHA_CALLS = {"alpha": nn.AlphaDropout, "feature alpha": nn.FeatureAlphaDropout}
 
 
-def dropped(call, p, drops, schedule=None):
+def drops_of(drops, drop=None):
+    """The context of a forward after so many drops."""
+    return Ablated([drop or CmpDrop()], [drops])
+
+
+def dropped(call, p, drops, drop=None):
     torch.manual_seed(3)
-    with CmpDrop(drops, schedule):
+    with drops_of(drops, drop):
         return call(p) == 0
 
 
@@ -45,21 +52,21 @@ def test_compound_rate_is_that_of_dropping_k_times(p, drops):
     kept = 1.0
     for _ in range(drops):
         kept *= 1 - p
-    assert DropoutSchedule().rate(p, drops) == pytest.approx(1 - kept)
+    assert CmpDrop().rate(p, drops) == pytest.approx(1 - kept)
 
 
 def test_linear_schedule_base_rate_and_explicit_rates():
-    assert DropoutSchedule("linear").rate(0.2, 3) == pytest.approx(0.6)
-    assert DropoutSchedule(base_rate=0.5).rate(0.0, 2) == 0.75
-    assert DropoutSchedule(rates=(0.1, 0.4)).rate(0.9, 2) == 0.4
-    assert DropoutSchedule(rates=(0.1, 0.4)).rate(0.9, 0) == 0.0
+    assert CmpDrop("linear").rate(0.2, 3) == pytest.approx(0.6)
+    assert CmpDrop(base_rate=0.5).rate(0.0, 2) == 0.75
+    assert CmpDrop(rates=(0.1, 0.4)).rate(0.9, 2) == 0.4
+    assert CmpDrop(rates=(0.1, 0.4)).rate(0.9, 0) == 0.0
 
 
 @pytest.mark.parametrize(
     ("schedule", "drops", "message"),
-    [(DropoutSchedule("linear"), 5, "reaches 5 . 0.2 >= 1"), (DropoutSchedule(rates=(0.1,)), 2, "2 drops, but only")],
+    [(CmpDrop("linear"), 5, "reaches 5 . 0.2 >= 1"), (CmpDrop(rates=(0.1,)), 2, "2 drops, but only")],
 )
-def test_rates_that_cannot_be_are_refused(schedule, drops, message):
+def test_impossible_rates_are_rejected(schedule, drops, message):
     with pytest.raises(ValueError, match=message):
         schedule.rate(0.2, drops)
 
@@ -79,9 +86,9 @@ def test_masks_of_more_drops_contain_masks_of_fewer(call):
 
 @pytest.mark.parametrize("module", ALPHA_CALLS.values(), ids=ALPHA_CALLS)
 def test_alpha_dropout_follows_the_rate(module):
-    with CmpDrop(0):
+    with drops_of(0):
         assert torch.equal(module(0.5)(ONES), ONES)
-    with CmpDrop(2):
+    with drops_of(2):
         assert not torch.equal(module(0.5)(ONES), ONES)
 
 
@@ -95,19 +102,19 @@ def test_recurrent_layers_are_full_under_zero_drops(kind, packed):
         output = layer(data)[0]
         return output.data if packed else output
 
-    with CmpDrop(0):
+    with drops_of(0):
         full = run()
     assert torch.equal(full, layer.eval() and run())
     layer.train()
-    with CmpDrop(1):
+    with drops_of(1):
         assert not torch.equal(run(), full)
 
 
 def test_multi_head_attention_of_pytorch_is_reached():
     layer = nn.MultiheadAttention(50, 2, dropout=0.5)
-    with CmpDrop(0):
+    with drops_of(0):
         assert torch.equal(layer(ONES, ONES, ONES)[0], layer(ONES, ONES, ONES, need_weights=True)[0])
-    with CmpDrop(2):
+    with drops_of(2):
         assert not torch.equal(layer(ONES, ONES, ONES)[0], layer(ONES, ONES, ONES)[0])
 
 
@@ -115,52 +122,60 @@ def test_one_drop_is_ordinary_dropout_to_the_bit():
     torch.manual_seed(3)
     ordinary = F.dropout(ONES, 0.3)
     torch.manual_seed(3)
-    with CmpDrop(1):
+    with drops_of(1):
         assert torch.equal(F.dropout(ONES, 0.3), ordinary)
 
 
 def test_a_module_in_eval_mode_is_left_alone():
-    with CmpDrop(2):
+    with drops_of(2):
         assert torch.equal(nn.Dropout(0.5).eval()(ONES), ONES)
 
 
-def test_base_rate_wakes_sites_whose_own_rate_is_zero():
-    assert dropped(DROPOUT_CALLS["functional"], 0.0, 1, DropoutSchedule(base_rate=0.5)).any()
-    assert dropped(attention, 0.0, 1, DropoutSchedule(base_rate=0.5))[..., :6].any()
+def test_the_base_rate_holds_at_sites_whose_own_rate_is_zero():
+    assert dropped(DROPOUT_CALLS["functional"], 0.0, 1, CmpDrop(base_rate=0.5)).any()
+    assert dropped(attention, 0.0, 1, CmpDrop(base_rate=0.5))[..., :6].any()
 
 
 def test_sites_are_listed_with_their_own_rates():
-    with DropoutSites() as recorder:
+    sites = []
+    with Ablated([_NotedRates(CmpDrop(), sites)], [0]):
         F.dropout(ONES, 0.3)
+        F.dropout(ONES, 0.4, training=False)
         attention(0.2)
-    assert recorder.sites == [("dropout", 0.3), ("scaled_dot_product_attention", 0.2)]
+    assert sites == [("dropout", 0.3, True), ("dropout", 0.4, False), ("scaled_dot_product_attention", 0.2, True)]
 
 
 def test_an_error_inside_leaves_no_context_behind():
-    with pytest.raises(RuntimeError, match="stop"), CmpDrop(0):
+    with pytest.raises(RuntimeError, match="stop"), drops_of(0):
         raise RuntimeError("stop")
     assert (F.dropout(ONES, 0.5) == 0).any()
 
 
 def test_random_state_is_restored_also_after_an_error():
     before = RandomState.capture()
-    with pytest.raises(RuntimeError, match="stop"), untouched_randomness():
+    with pytest.raises(RuntimeError, match="stop"), preserve_rng_state():
         torch.rand(3)
         raise RuntimeError("stop")
     assert torch.equal(RandomState.capture().cpu, before.cpu)
 
 
-def test_an_eval_model_drops_while_awake_and_is_asleep_afterwards():
+def test_an_eval_model_drops_in_train_mode_and_is_in_eval_mode_afterwards():
     model, batch = tiny_bert().eval(), batch_of(token_data())
     full = model(**batch).logits
-    with dropout_awake(model), CmpDrop(2):
+    with train_mode_except_batch_norm(model), drops_of(2):
         assert not torch.equal(model(**batch).logits, full)
     assert not any(module.training for module in model.modules())
     assert torch.equal(model(**batch).logits, full)
 
 
-def test_batch_norm_stays_asleep():
+def test_batch_norm_stays_in_eval_mode():
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)).eval()
-    with dropout_awake(model), CmpDrop(1):
+    with train_mode_except_batch_norm(model), drops_of(1):
         model(ONES)
     assert model[0].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("settings", [{"growth": "cubic"}, {"base_rate": 1.0}, {"rates": (0.1, 1.5)}], ids=str)
+def test_impossible_settings_are_rejected(settings):
+    with pytest.raises(ValueError, match="CmpDrop: "):
+        CmpDrop(**settings)

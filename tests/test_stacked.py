@@ -4,7 +4,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -17,12 +16,25 @@ from transformers import (
 )
 
 from cmp_trainer.ablations.drop import CmpDrop
-from cmp_trainer.execution import stacked
-from cmp_trainer.execution.forwards import stacking_pays
+from cmp_trainer.execution import stacked, stacking
+from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.stacked import CannotStack, StackedDrop
+from cmp_trainer.execution.stacking import prefer_stacked
 from tests.helpers import SMALL, batch_of, cmp_trainer, gradients, tiny_bert, token_data
 
 ROWS = torch.ones(3, 5, 40)
+
+
+def stacked_drop(levels):
+    """The context of a stacked forward."""
+    return Ablated([StackedDrop(CmpDrop(), levels)], [0])
+
+
+def drops_of(level):
+    """The context of a forward of one group."""
+    return Ablated([CmpDrop()], [level])
+
+
 QUERY, IDENTITY = torch.zeros(3, 2, 6, 4), torch.eye(6).expand(3, 2, 6, 6)
 
 
@@ -57,7 +69,6 @@ def permuted(rows):
 CALLS = {
     "plain": F.dropout,
     "torch's own": lambda rows, p: torch.dropout(rows, p, True),
-    "in place": lambda rows, p: F.dropout(rows.clone(), p, inplace=True),
     "by keywords": lambda rows, p: F.dropout(rows, training=True, p=p),
     "in eval mode": lambda rows, p: F.dropout(rows, p, training=False),
     "whole channels": lambda rows, p: F.dropout1d(rows, p),
@@ -71,12 +82,12 @@ CALLS = {
 def test_every_group_gets_the_masks_of_a_forward_of_its_own(call, dtype, p):
     rows = ROWS.to(dtype)
     torch.manual_seed(3)
-    with StackedDrop([0, 1, 3]):
+    with stacked_drop([0, 1, 3]):
         groups = CALLS[call](torch.cat([rows] * 3), p).chunk(3)
     state_after = torch.get_rng_state()
     for drops, group in zip([0, 1, 3], groups, strict=True):
         torch.manual_seed(3)
-        with CmpDrop(drops):
+        with drops_of(drops):
             assert torch.equal(CALLS[call](rows, p), group)
     assert torch.equal(torch.get_rng_state(), state_after)
 
@@ -96,7 +107,7 @@ def test_the_masks_are_the_same_where_another_library_draws_them(monkeypatch):
 def test_the_rows_of_the_full_model_get_no_mask():
     rows, kept = ROWS.clone().requires_grad_(), []
     watch = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None)
-    with watch, StackedDrop([0, 1, 2]):
+    with watch, stacked_drop([0, 1, 2]):
         F.dropout(torch.cat([rows] * 3), 0.4)
     assert sum(kept) == 2 * ROWS.numel()
 
@@ -108,21 +119,21 @@ def test_attention_gets_them_too_with_any_mask(mask):
 
     stacked_mask = torch.cat([mask] * 2) if mask is not None and len(mask) > 1 else mask
     torch.manual_seed(3)
-    with StackedDrop([0, 2]):
+    with stacked_drop([0, 2]):
         groups = attend(*(torch.cat([t] * 2) for t in (QUERY, QUERY, IDENTITY)), stacked_mask).chunk(2)
     for drops, group in zip([0, 2], groups, strict=True):
         torch.manual_seed(3)
-        with CmpDrop(drops):
+        with drops_of(drops):
             torch.testing.assert_close(attend(QUERY, QUERY, IDENTITY, mask), group)
 
 
 def test_attention_called_by_keywords_gets_them_too():
     query, key, value = torch.randn(3, 6, 2, 5, 4).unbind()
     torch.manual_seed(0)
-    with StackedDrop([1, 2]):
+    with stacked_drop([1, 2]):
         named = F.scaled_dot_product_attention(query=query, key=key, value=value, dropout_p=0.3)
     torch.manual_seed(0)
-    with StackedDrop([1, 2]):
+    with stacked_drop([1, 2]):
         torch.testing.assert_close(named, F.scaled_dot_product_attention(query, key, value, dropout_p=0.3))
 
 
@@ -139,10 +150,9 @@ def test_losses_and_gradients_are_those_of_single_forwards(make_model, make_batc
         trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=2, cmp_forward=forward)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
         torch.manual_seed(5)
         loss = trainer.compute_loss(model.train(), make_batch())
-        assert trainer._can_stack == (forward == "stacked")
+        assert (trainer.comparative_step()._stacking is not None) == (forward == "stacked")
         loss.backward()
         found.append((loss.detach(), gradients(model)))
     torch.testing.assert_close(found[0][0], found[1][0])
@@ -165,7 +175,7 @@ def bert_with_batch_norm():
 def test_a_model_whose_rows_depend_on_each_other_is_run_variant_by_variant(tmp_path):
     trainer = cmp_trainer(tmp_path, bert_with_batch_norm(), cmp_num_ablations=2)
     trainer.compute_loss(trainer.model.train(), batch_of(token_data()))
-    assert not trainer._can_stack
+    assert trainer.comparative_step()._stacking is None
 
 
 def test_a_dropout_of_other_rows_is_found_also_where_it_hardly_moves_the_loss(tmp_path):
@@ -176,7 +186,7 @@ def test_a_dropout_of_other_rows_is_found_also_where_it_hardly_moves_the_loss(tm
     model.classifier.weight.data *= 0.1
     trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=1)
     trainer.compute_loss(model.train(), batch_of(token_data()))
-    assert not trainer._can_stack
+    assert trainer.comparative_step()._stacking is None
 
 
 class NestedInputs(nn.Module):
@@ -200,22 +210,29 @@ class NamedOutputs(nn.Module):
         return self.Outputs(outputs.loss, outputs.logits)
 
 
-@pytest.mark.parametrize("model", [NestedInputs(), NamedOutputs()], ids=["nested inputs", "a named tuple"])
-def test_a_model_that_cannot_be_stacked_at_all_is_run_variant_by_variant(model, tmp_path):
-    batch = batch_of(token_data())
-    if isinstance(model, NestedInputs):
-        batch = {"labels": batch.pop("labels"), "text": batch}
+def test_outputs_in_a_named_tuple_are_stacked_too(tmp_path):
+    losses = []
+    for forward in ("sequential", "stacked"):
+        trainer = cmp_trainer(tmp_path, NamedOutputs(), cmp_num_ablations=1, cmp_forward=forward)
+        torch.manual_seed(5)
+        losses.append(trainer.compute_loss(trainer.model.train(), batch_of(token_data())))
+    torch.testing.assert_close(*losses)
+
+
+def test_a_model_that_cannot_be_stacked_at_all_is_run_variant_by_variant(tmp_path):
+    batch, model = batch_of(token_data()), NestedInputs()
+    batch = {"labels": batch.pop("labels"), "text": batch}
     trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=1)
     assert trainer.compute_loss(model.train(), batch) > 0
-    assert not trainer._can_stack
+    assert trainer.comparative_step()._stacking is None
 
 
 def test_of_several_processes_none_stacks_by_itself(tmp_path, monkeypatch):
     """Their batches differ in size, and all of them have to do equally many forwards."""
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(stacking, "num_processes", lambda: 2)
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=2)
     trainer.compute_loss(trainer.model.train(), batch_of(token_data()))
-    assert not trainer._can_stack
+    assert trainer.comparative_step()._stacking is None
 
 
 def test_and_refused_where_stacking_was_asked_for(tmp_path):
@@ -226,12 +243,49 @@ def test_and_refused_where_stacking_was_asked_for(tmp_path):
 
 def test_time_major_layers_are_refused():
     layer = nn.MultiheadAttention(40, 2, dropout=0.5)
-    with pytest.raises(CannotStack, match="multi_head_attention_forward drops"), StackedDrop([0, 1]):
+    with pytest.raises(CannotStack, match="multi_head_attention_forward drops"), stacked_drop([0, 1]):
         layer(ROWS, ROWS, ROWS)
 
 
 def test_auto_stacks_small_batches_on_the_cpu_only():
-    small, large = {"input_ids": torch.ones(4, 64)}, {"input_ids": torch.ones(32, 128)}
-    assert stacking_pays(small, torch.device("cpu"))
-    assert not stacking_pays(large, torch.device("cpu"))
-    assert not stacking_pays(small, torch.device("meta"))
+    small, large = torch.ones(4, 64, dtype=torch.long), torch.ones(32, 128, dtype=torch.long)
+    assert prefer_stacked({"input_ids": small}, "auto")
+    assert not prefer_stacked({"input_ids": large}, "auto")
+    assert not prefer_stacked({"input_ids": small.to("meta")}, "auto")
+    assert prefer_stacked({"input_ids": large}, "stacked")
+    assert not prefer_stacked({"input_ids": small}, "sequential")
+
+
+def test_dropout_in_place_is_not_stacked():
+    with pytest.raises(CannotStack, match="dropout drops in place"), stacked_drop([0, 1, 2]):
+        F.dropout(ROWS.clone(), 0.1, inplace=True)
+
+
+def test_an_attention_mask_of_as_many_columns_as_rows_is_not_split():
+    query, mask = torch.randn(6, 2, 6, 4), torch.zeros(6, 6)  # two groups of three rows, and six tokens
+    with stacked_drop([1, 2]):
+        found = F.scaled_dot_product_attention(query, query, query, attn_mask=mask, dropout_p=0.3)
+    assert found.shape == query.shape
+
+
+class SilentLora(nn.Module):
+    """A frozen layer whose trained part moves no loss yet, with dropout over the time-major dimension."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(40, 8), nn.Linear(8, 3)
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, input_ids, attention_mask, labels):
+        hidden = self.embed(input_ids).transpose(0, 1)  # (length, batch, 8)
+        hidden = hidden + self.up(self.down(F.dropout(hidden, 0.3, self.training)))
+        logits = self.head(hidden.mean(0))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_dropout_of_other_rows_is_found_also_where_it_moves_no_loss_yet(tmp_path):
+    trainer = cmp_trainer(tmp_path, SilentLora(), cmp_num_ablations=1)
+    trainer.compute_loss(trainer.model.train(), batch_of(token_data()))
+    assert trainer.comparative_step()._stacking is None

@@ -5,7 +5,15 @@ import json
 import pytest
 from transformers import HfArgumentParser
 
-from cmp_trainer import CmpSeq2SeqTrainingArguments, CmpTrainingArguments
+from cmp_trainer import (
+    CmpCrop,
+    CmpDrop,
+    CmpSeq2SeqTrainingArguments,
+    CmpTrainingArguments,
+    ComparativeLoss,
+    RegularizedLoss,
+    plan,
+)
 
 GIVEN = {"cmp_num_ablations": 3, "cmp_num_crops": 1, "cmp_dropout_rates": [0.1, 0.3], "cmp_baseline": "0.5"}
 
@@ -25,8 +33,8 @@ def test_arguments_come_from_command_line_json_and_yaml(source, kind, tmp_path):
     else:
         (args,) = parser(kind).parse_json_file(file) if source == "json" else parser(kind).parse_yaml_file(file)
     assert {name: getattr(args, name) for name in GIVEN} == GIVEN
-    assert args.cmp_schedule.rates == (0.1, 0.3)
-    assert args.cmp_baseline_value == 0.5
+    assert args.cmp_ablations == plan(3, 1, CmpDrop(rates=(0.1, 0.3)), CmpCrop())
+    assert args.cmp_objective_function == ComparativeLoss(baseline=0.5)
 
 
 def test_without_cmp_arguments_nothing_is_ablated(tmp_path):
@@ -41,36 +49,36 @@ def test_arguments_survive_serialization(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"cmp_num_ablations": -1}, "--cmp_num_ablations -1 is no count"),
-        ({"cmp_num_ablations": 1.5}, "--cmp_num_ablations 1.5 is no count"),
+        ({"cmp_num_ablations": -1}, "--cmp_num_ablations -1 must be a non-negative integer"),
+        ({"cmp_num_ablations": 1.5}, "--cmp_num_ablations 1.5 must be a non-negative integer"),
         ({"cmp_num_ablations": 2, "cmp_num_crops": 3}, "--cmp_num_crops 3 is more than --cmp_num_ablations 2"),
-        ({"cmp_num_crops": -1}, "--cmp_num_crops -1 is no count"),
-        ({"cmp_dropout": 1.0}, "--cmp_dropout 1.0 is no dropout rate"),
-        ({"cmp_dropout": 0.0}, "--cmp_dropout 0.0 is no dropout rate"),
+        ({"cmp_num_crops": -1}, "--cmp_num_crops -1 must be a non-negative integer"),
+        ({"cmp_dropout": 1.0}, "--cmp_dropout 1.0 must be between 0 and 1"),
+        ({"cmp_dropout": 0.0}, "--cmp_dropout 0.0 must be between 0 and 1"),
         ({"cmp_num_ablations": 2, "cmp_dropout": 0.5, "cmp_dropout_schedule": "linear"}, "reaches 2 . 0.5 >= 1"),
-        ({"cmp_num_ablations": 2, "cmp_dropout_rates": [0.2, 0.1]}, "do not grow from 0 to 1"),
+        ({"cmp_num_ablations": 2, "cmp_dropout_rates": [0.2, 0.1]}, "must increase strictly"),
         ({"cmp_num_ablations": 2, "cmp_dropout_rates": [0.1]}, "1 rates for 2 drops"),
-        ({"cmp_dropout": 0.1, "cmp_dropout_rates": [0.1]}, "take the place of --cmp_dropout"),
-        ({"cmp_dropout_schedule": "linear", "cmp_dropout_rates": [0.1]}, "take the place of the linear schedule"),
-        ({"cmp_dropout_schedule": "cubic"}, "--cmp_dropout_schedule cubic is none of the choices"),
-        ({"cmp_baseline": "worst"}, "--cmp_baseline worst is no baseline"),
-        ({"cmp_baseline": "nan"}, "--cmp_baseline nan is no baseline"),
-        ({"cmp_temperature": 0.0}, "--cmp_temperature 0.0 has to be a positive number"),
-        ({"cmp_margin": -0.1}, "--cmp_margin -0.1 has to be 0 or a positive number"),
-        ({"cmp_margin": 0.1, "cmp_ranking": "listwise"}, "--cmp_margin 0.1 means nothing to the listwise ranking"),
-        ({"cmp_primary": "mean"}, "--cmp_primary mean means nothing to the comparative objective"),
-        ({"cmp_weight": 0.5}, "--cmp_weight 0.5 means nothing to the comparative objective"),
-        ({"cmp_objective": "regularized", "cmp_baseline": "best"}, "--cmp_baseline best means nothing to the regul"),
-        ({"cmp_objective": "regularized", "cmp_weight": -1.0}, "--cmp_weight -1.0 has to be 0 or a positive number"),
-        ({"cmp_ranking": "pairwize"}, "--cmp_ranking pairwize is none of the choices"),
+        ({"cmp_dropout": 0.1, "cmp_dropout_rates": [0.1]}, "replace --cmp_dropout"),
+        ({"cmp_dropout_schedule": "linear", "cmp_dropout_rates": [0.1]}, "replace the linear schedule"),
+        ({"cmp_dropout_schedule": "cubic"}, "--cmp_dropout_schedule cubic is not a valid choice"),
+        ({"cmp_baseline": "worst"}, "--cmp_baseline worst is not a valid baseline"),
+        ({"cmp_baseline": "nan"}, "--cmp_baseline nan is not a valid baseline"),
+        ({"cmp_temperature": 0.0}, "--cmp_temperature 0.0 must be a positive number"),
+        ({"cmp_margin": -0.1}, "--cmp_margin -0.1 must be 0 or a positive number"),
+        ({"cmp_margin": 0.1, "cmp_ranking": "listwise"}, "--cmp_margin 0.1 has no effect with the listwise ranking"),
+        ({"cmp_primary": "mean"}, "--cmp_primary mean has no effect with the comparative objective"),
+        ({"cmp_weight": 0.5}, "--cmp_weight 0.5 has no effect with the comparative objective"),
+        ({"cmp_objective": "regularized", "cmp_baseline": "best"}, "--cmp_baseline best has no effect with the regul"),
+        ({"cmp_objective": "regularized", "cmp_weight": -1.0}, "--cmp_weight -1.0 must be 0 or a positive number"),
+        ({"cmp_ranking": "pairwize"}, "--cmp_ranking pairwize is not a valid choice"),
         ({"cmp_dropout": "1e-1"}, "--cmp_dropout 1e-1 is str, not a number; in YAML write 0.1"),
         ({"cmp_temperature": None}, "--cmp_temperature None is NoneType, not a number"),
-        ({"cmp_dropout_rates": 0.1}, "--cmp_dropout_rates 0.1 is no list of numbers"),
-        ({"cmp_dropout_rates": ["1e-1"]}, "is no list of numbers"),
-        ({"cmp_baseline": None}, "--cmp_baseline None is no baseline"),
+        ({"cmp_dropout_rates": 0.1}, "--cmp_dropout_rates 0.1 must be a list of numbers"),
+        ({"cmp_dropout_rates": ["1e-1"]}, "must be a list of numbers"),
+        ({"cmp_baseline": None}, "--cmp_baseline None is not a valid baseline"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_name(bad, message, tmp_path):
+def test_invalid_values_are_rejected_with_the_argument_and_the_fix(bad, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         CmpTrainingArguments(output_dir=str(tmp_path), **bad)
 
@@ -78,3 +86,11 @@ def test_what_cannot_be_meant_is_refused_by_name(bad, message, tmp_path):
 def test_a_config_for_ablations_can_be_switched_to_the_baseline(tmp_path):
     args = CmpTrainingArguments(output_dir=str(tmp_path), cmp_num_ablations=0, cmp_baseline="first", cmp_dropout=0.2)
     assert args.cmp_num_ablations == 0
+
+
+def test_the_arguments_build_the_objective(tmp_path):
+    regularized = {"cmp_objective": "regularized", "cmp_primary": "mean", "cmp_weight": 0.5, "cmp_loss_threshold": 1.1}
+    args = CmpTrainingArguments(output_dir=str(tmp_path), cmp_temperature=2.0, **regularized)
+    assert args.cmp_objective_function == RegularizedLoss("mean", 0.5, 1.1, temperature=2.0)
+    args = CmpTrainingArguments(output_dir=str(tmp_path), cmp_baseline="first", cmp_ranking="listwise")
+    assert args.cmp_objective_function == ComparativeLoss("first", "listwise")

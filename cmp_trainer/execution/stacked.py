@@ -120,18 +120,6 @@ def check_no_batch_norm(model: nn.Module) -> None:
             raise CannotStack(f"{name} is a batch norm.")
 
 
-def first_group(outputs: Any, num_groups: int) -> Any:
-    """The model's outputs for the first group of a stacked batch."""
-    if isinstance(outputs, Tensor):
-        return outputs[: outputs.shape[0] // num_groups] if outputs.ndim else outputs
-    if isinstance(outputs, Mapping):
-        parts = {name: first_group(value, num_groups) for name, value in outputs.items()}
-        return type(outputs)(parts) if type(outputs) is dict else type(outputs)(**parts)
-    if isinstance(outputs, (tuple, list)):
-        return type(outputs)(first_group(value, num_groups) for value in outputs)
-    return outputs
-
-
 def _draws_once(func: Callable, rates: Sequence[float], first: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call is plain dropout in train mode, on the CPU."""
     training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))

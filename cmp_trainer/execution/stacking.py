@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
@@ -32,7 +32,13 @@ def prefer_stacked(batch: Any, choice: str) -> bool:
     tensors = [value for _, value in entries(batch) if isinstance(value, Tensor) and value.ndim > 1]
     sizes = [tensor.numel() if tensor.is_floating_point() else tensor.shape[:2].numel() for tensor in tensors]
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    return choice == "stacked" or (choice == "auto" and on_cpu and max(sizes, default=0) <= STACKING_PAYS_UP_TO)
+    small = on_cpu and max(sizes, default=0) <= STACKING_PAYS_UP_TO
+    return choice == "stacked" or (choice == "auto" and small and num_processes() == 1)
+
+
+def num_processes() -> int:
+    """How many processes train together: they have to do equally many forwards, whatever the sizes of their batches."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class Stacking:
