@@ -82,7 +82,7 @@ def test_a_half_written_last_file_is_no_end_of_a_save(tmp_path):
 
 
 def test_checkpoints_of_a_plain_trainer_are_resumed_from(tmp_path):
-    cmp_trainer(tmp_path, kind=Trainer, **SAVING).train()
+    cmp_trainer(tmp_path, kind=Trainer, **{**SAVING, "cmp_num_ablations": 0}).train()
     assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-6")
     resumed = cmp_trainer(tmp_path, **{**SAVING, "max_steps": 8})
     resumed.train(resume_from_checkpoint=True)

@@ -28,7 +28,7 @@ def test_cmp_dropout_gives_its_sites_a_rate(model_type, tmp_path):
     for model in tiny.builds(**tiny.rates_at_zero):
         trainer = CmpTrainer(model, training_arguments(tmp_path, cmp_num_ablations=2, cmp_dropout=0.3))
         assert all(gradient.isfinite().all() for gradient in gradients(trainer, tiny.batch()).values())
-        logs = trainer._train_losses.pop()
+        logs = trainer.comparative_step().log()
         assert len({logs["loss_full"], logs["loss_ablated_1"], logs["loss_ablated_2"]}) == 3
 
 

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from cmp_trainer import CmpTrainer
 from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.execution.ablated import Ablated
 from tests.helpers import training_arguments
 from tests.test_architectures import gradients
 from tests.tiny_models import AVAILABLE, CONFORMER, SEW_D, SWITCH
@@ -31,7 +32,7 @@ def test_the_full_variant_of_a_model_with_other_randomness_is_not_the_eval_model
     model, batch = tiny.build(**settings), tiny.batch()
     with torch.no_grad():
         expected = model.eval()(**batch).logits
-        with CmpDrop(0):
+        with Ablated([CmpDrop()], [0]):
             full = [model.train()(**batch).logits for _ in range(4)]
     assert any(not torch.allclose(logits, expected, rtol=1e-6, atol=1e-6) for logits in full)
 
@@ -44,7 +45,7 @@ def test_other_randomness_is_warned_of_and_trains_reproducibly(tiny, settings, t
     for _ in range(2):
         torch.manual_seed(3)
         trained.append(gradients(CmpTrainer(copy.deepcopy(model), arguments), batch))
-    assert "randomness beside dropout" in caplog.text
+    assert "randomness besides dropout" in caplog.text
     assert trained[0].keys() == trained[1].keys()
     for name, gradient in trained[0].items():
         assert gradient.isfinite().all()
@@ -53,7 +54,7 @@ def test_other_randomness_is_warned_of_and_trains_reproducibly(tiny, settings, t
 
 def test_batch_norm_of_the_full_variant_takes_its_means_from_the_batch():
     batch = CONFORMER.batch()
-    with torch.no_grad(), CmpDrop(0):
+    with torch.no_grad(), Ablated([CmpDrop()], [0]):
         full = CONFORMER.build().train()(**batch).logits
     with torch.no_grad():
         expected = CONFORMER.build(**CONFORMER.rates_at_zero).train()(**batch).logits

@@ -37,7 +37,7 @@ def prefer_stacked(batch: Any, choice: str) -> bool:
 
 
 def num_processes() -> int:
-    """How many processes train together: they have to do equally many forwards, whatever the sizes of their batches."""
+    """How many processes train together, which have to do equally many forwards whatever their batches are."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 

@@ -37,11 +37,11 @@ class Killed(CmpTrainer):
 
     moment = "never"
 
-    def _task_losses(self, *args):
-        losses = super()._task_losses(*args)
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
         if self.moment == "in a forward" and self.state.global_step == 9:
             kill()
-        return losses
+        return loss
 
     def _save_rng_state(self, output_dir):
         if self.moment == "in a save" and self.state.global_step == 8:
