@@ -63,6 +63,8 @@ def cmp_trainer(
     """A CmpTrainer of a tiny model; `changes` are training arguments, or `per_example_loss_func` and the like."""
     of_trainer = {
         "per_example_loss_func",
+        "objective",
+        "ablations",
         "compute_metrics",
         "callbacks",
         "data_collator",

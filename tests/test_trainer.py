@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from cmp_trainer import CmpTrainer
 from cmp_trainer.losses.comparative import comparative_loss, regularized_loss
-from cmp_trainer.losses.task_losses import TaskLosses
 from tests.helpers import batch_of, cmp_trainer, gradients, same_weights, tiny_bert, token_data, training_arguments
 
 
@@ -24,6 +23,12 @@ def step_loss(trainer, batch, **arguments):
     trainer.model.zero_grad()
     loss.backward()
     return loss
+
+
+def variant_losses(trainer, batch):
+    """The examples' losses of every variant, (batch, parts, 1 + c), from the random state of seed 0."""
+    torch.manual_seed(0)
+    return trainer.comparative_step().losses(batch).values
 
 
 # Promise 1: without ablations nothing is different.
@@ -100,16 +105,18 @@ def test_loss_and_gradients_equal_the_published_scheme(num_ablations, attention,
 def test_every_objective_reaches_the_loss(arguments, tmp_path):
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=2, **arguments)
     batch = batch_of(token_data())
-    losses, _ = trainer._compare(trainer.model.train(), batch, stacked=False)
+    trainer.model.train()
     torch.manual_seed(0)
+    found = trainer.compute_loss(trainer.model, dict(batch))
+    losses = variant_losses(trainer, batch)
     expected_arguments = {name.removeprefix("cmp_"): value for name, value in arguments.items()}
     expected_arguments["threshold"] = expected_arguments.pop("loss_threshold", None)
     if expected_arguments.pop("objective", None) is None:
         del expected_arguments["threshold"]
-        expected = comparative_loss(losses.values, **expected_arguments)
+        expected = comparative_loss(losses, **expected_arguments)
     else:
-        expected = regularized_loss(losses.values, **expected_arguments)
-    torch.testing.assert_close(trainer._objective(losses), expected)
+        expected = regularized_loss(losses, **expected_arguments)
+    torch.testing.assert_close(found, expected.mean())
 
 
 # Promise 5: a step leaves no trace.
@@ -177,11 +184,11 @@ def test_an_example_without_label_counts_nothing_and_makes_no_nan(tmp_path):
     batch = batch_of(token_data(), range(4))
     unlabelled = {**batch, "labels": torch.where(torch.arange(4) < 3, batch["labels"], -100)}
     trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=2)
-    torch.manual_seed(5)
-    losses, _ = trainer._compare(model.train(), batch, stacked=False)
-    torch.manual_seed(5)
+    model.train()
+    losses = variant_losses(trainer, batch)
+    torch.manual_seed(0)
     loss = step_loss(trainer, unlabelled)
-    torch.testing.assert_close(loss, comparative_loss(losses.values)[:3].mean())
+    torch.testing.assert_close(loss, comparative_loss(losses)[:3].mean())
 
 
 @pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=str)
@@ -193,12 +200,11 @@ def test_a_batch_without_any_label_is_zero_with_zero_gradients(num_items, tmp_pa
 
 
 def test_comparison_is_per_example(tmp_path):
-    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2)
-    losses, _ = trainer._compare(trainer.model.train(), batch_of(token_data()), stacked=False)
-    losses.values.retain_grad()
-    trainer._objective(losses)[0].sum().backward()
-    assert (losses.values.grad[1:] == 0).all()
-    assert (losses.values.grad[0] != 0).any()
+    objective = cmp_trainer(tmp_path, cmp_num_ablations=2).comparative_step().objective
+    losses = torch.rand(4, 1, 3, requires_grad=True)
+    objective(losses)[0].sum().backward()
+    assert (losses.grad[1:] == 0).all()
+    assert (losses.grad[0] != 0).any()
 
 
 # Promise 8 and the logs.
@@ -230,27 +236,36 @@ def test_evaluating_ablations_leaves_buffers_alone(tmp_path):
 
 
 def test_logs_hold_the_mean_of_every_variant_since_the_last_log(tmp_path):
-    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2, max_steps=4, logging_steps=1)
     seen = []
-    objective = trainer._objective
-    trainer._objective = lambda losses: seen.append(losses) or objective(losses)
+
+    def objective(losses):
+        seen.append(losses.detach())
+        return comparative_loss(losses)
+
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2, max_steps=4, logging_steps=1, objective=objective)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 4
     for log, losses in zip(logs, seen, strict=True):
-        means = losses.values.mean((0, 1)).tolist()
+        means = losses.mean((0, 1)).tolist()
         assert [log["loss_full"], log["loss_ablated_1"], log["loss_ablated_2"]] == pytest.approx(means)
         assert 0 <= log["violation_rate"] <= 1
         assert math.isfinite(log["grad_norm"])
 
 
 def test_a_log_holds_nothing_of_an_earlier_training(tmp_path):
-    trainer = cmp_trainer(tmp_path, cmp_num_ablations=1, max_steps=1, logging_steps=10)
+    seen = []
+
+    def objective(losses):
+        seen.append(losses.detach())
+        return comparative_loss(losses)
+
+    settings = {"cmp_num_ablations": 1, "max_steps": 1, "logging_steps": 10, "objective": objective}
+    trainer = cmp_trainer(tmp_path, **settings)
     trainer.train()
-    assert trainer._train_losses  # of a step that was never logged
-    trainer.args.logging_steps, seen = 1, []
-    objective = trainer._objective
-    trainer._objective = lambda losses: seen.append(losses.values) or objective(losses)
+    assert trainer.comparative_step().losses_log  # of a step that was never logged
+    trainer.args.logging_steps = 1
+    seen.clear()
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert logs[0]["loss_full"] == pytest.approx(seen[0][..., 0].mean().item())
@@ -303,13 +318,12 @@ def test_gradient_accumulation_gives_the_gradient_of_the_large_batch(problem, tm
     for accumulation in (1, 4):
         model = tiny_bert(**changes, **no_dropout)
         trainer = cmp_trainer(tmp_path, model, cmp_num_ablations=2, gradient_accumulation_steps=accumulation)
-        trainer._first_step_is_checked = True  # nothing is dropped here on purpose
+        trainer.comparative_step()._checked = True  # nothing is dropped here on purpose
         trainer.current_gradient_accumulation_steps = accumulation
         trainer.create_optimizer()
         for part in torch.arange(8).chunk(accumulation):
             micro_batch = {name: column[part] for name, column in batch.items()}
-            items = torch.tensor(8) if trainer.model_accepts_loss_kwargs else None
-            trainer.training_step(model, micro_batch, items)
+            trainer.training_step(model, micro_batch, None)  # a count of items is ignored by these models
         found.append(gradients(model))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
 
@@ -349,8 +363,11 @@ def test_the_users_loss_is_trained_and_evaluated(accumulation, tmp_path):
         eval_loss = trainer.evaluate()["eval_loss"]
         trainer.train()
         logs.append({**trainer.state.log_history[0], "eval_loss": eval_loss})
-    for name in ("loss", "loss_full", "loss_ablated_2", "eval_loss"):
+    for name in ("loss_full", "loss_ablated_2", "eval_loss"):
         assert logs[0][name] == pytest.approx(2 * logs[1][name], rel=1e-5)
+    # The Trainer counts items, which this model ignores: it does not divide its loss by the accumulation steps.
+    times = accumulation if trainer.model_accepts_loss_kwargs else 1
+    assert logs[0]["loss"] * times == pytest.approx(2 * logs[1]["loss"], rel=1e-5)
 
 
 def test_without_ablations_the_users_loss_is_the_plain_loss(tmp_path):
@@ -360,35 +377,31 @@ def test_without_ablations_the_users_loss_is_the_plain_loss(tmp_path):
     torch.testing.assert_close(loss, 2 * F.cross_entropy(outputs.logits, batch["labels"]))
 
 
-def test_weights_of_the_users_losses_are_those_of_a_mean_also_where_they_are_small(tmp_path):
-    def weighted(outputs, inputs):
-        losses = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none").unsqueeze(1)
-        return TaskLosses(losses, torch.full_like(losses, 0.01))
-
-    trainer = cmp_trainer(tmp_path, per_example_loss_func=weighted)
-    batch = batch_of(token_data())
-    loss, outputs = trainer.compute_loss(trainer.model.train(), dict(batch), return_outputs=True)
-    torch.testing.assert_close(loss, F.cross_entropy(outputs.logits, batch["labels"]))
-
-
-def test_losses_in_parts_are_compared_apart_and_averaged(tmp_path):
+def test_losses_in_parts_are_compared_separately_and_averaged(tmp_path):
     def parts(outputs, inputs):
         return torch.stack([doubled_cross_entropy(outputs, inputs), outputs.logits.square().mean(1)], 1)
 
-    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2, per_example_loss_func=parts)
-    batch = batch_of(token_data())
-    losses, _ = trainer._compare(trainer.model.train(), batch, stacked=False)
-    assert losses.values.shape == (4, 2, 3)
-    expected = torch.stack([comparative_loss(losses.values[:, part]) for part in (0, 1)], 1).mean()
-    torch.testing.assert_close(trainer._reduce(trainer._objective(losses), losses.weights, None), expected)
+    seen = []
+
+    def objective(losses):
+        seen.append(losses.detach())
+        return comparative_loss(losses)
+
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=2, per_example_loss_func=parts, objective=objective)
+    loss = step_loss(trainer, batch_of(token_data()))
+    assert seen[-1].shape == (4, 2, 3)
+    expected = torch.stack([comparative_loss(seen[-1][:, part]) for part in (0, 1)], 1).mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_cmp_trainer_is_a_trainer():
     assert issubclass(CmpTrainer, Trainer)
 
 
-def test_the_model_that_is_looked_into_is_the_one_that_is_trained_now(tmp_path):
+def test_the_step_is_that_of_the_model_that_is_trained_now(tmp_path):
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=1)
-    assert trainer._bare_model is trainer.model
+    first = trainer.comparative_step()
+    assert trainer.comparative_step() is first
     trainer.model = tiny_bert()  # as a hyperparameter search does
-    assert trainer._bare_model is trainer.model
+    assert trainer.comparative_step() is not first
+    assert trainer.comparative_step().model is trainer.model

@@ -33,6 +33,7 @@ TOLERANCE = 1e-3
 """Largest deviation in the sign test, relative to the largest gradient; half precision gets TOLERANCE_HALF."""
 TOLERANCE_HALF = 3e-2
 _LATEST = 3  # activations that the sign test looks at where it cannot look at outputs
+_SMOOTHING = "trainer_pt_utils.py"  # the uniform part of the Trainer's label smoothing is a loss of labels too
 ROUNDS = 8  # reductions inside of reductions are looked into this deep
 
 
@@ -280,7 +281,7 @@ class _Planner:
     def _follows_labels(self, number: int) -> bool:
         """Whether this reduction moves with the labels of the batch; True where that cannot be found out."""
         noted = self.first.reductions.noted
-        if self.moved is None or noted[number].declared:
+        if self.moved is None or noted[number].declared or noted[number].place.line.split(":")[0].endswith(_SMOOTHING):
             return True
         others = self.moved.reductions.noted
         if number >= len(others) or others[number].place != noted[number].place:
