@@ -20,8 +20,8 @@ INTRODUCTION = """# Arguments
 
 Fields of `CmpTrainingArguments`, and as `--name` on the command line of a script that uses it or is started with
 `cmp-trainer run`. All arguments of `TrainingArguments` are there too, with their own defaults.
-`CmpSeq2SeqTrainingArguments` adds the same to `Seq2SeqTrainingArguments`. Values and combinations that cannot be meant
-are refused at parsing, with the argument, its value and what to do. The formulas and the baselines are in
+`CmpSeq2SeqTrainingArguments` adds the same to `Seq2SeqTrainingArguments`. Invalid values and combinations are rejected
+at parse time, with a message that names the argument, its value and the fix. The formulas and the baselines are in
 [concepts](concepts.md), what the forwards cost in [speed and memory](performance.md).
 """
 
