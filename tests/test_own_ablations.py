@@ -274,3 +274,18 @@ def test_a_level_past_what_the_model_has_is_rejected(model, batch, tmp_path):
 def test_two_kinds_of_the_same_name_are_rejected(model):
     with pytest.raises(ValueError, match=r"2 ablations are named 'heads'; pass one object"):
         ComparativeStep(model, [HeadAblation(), HeadAblation()])
+
+
+def test_the_model_card_names_own_ablations_and_an_own_objective(model, tmp_path):
+    def worst(losses):
+        return losses.amax(-1)
+
+    heads, args = HeadAblation(), training_arguments(tmp_path, TrainingArguments)
+    trainer = CmpTrainer(model, args, eval_dataset=token_data(), ablations=[heads, heads, CmpDrop()], objective=worst)
+    trainer.evaluate_ablations(seeds=[0])
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "3 ablated versions of itself (2 by ablation of heads, 1 by dropout of hidden neurons)" in text
+    assert "the objective `worst` was minimized" in text
+    assert "| heads | 2 |" in text
+    assert "--cmp_" not in text

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -25,7 +26,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary
 from transformers.pipelines import SUPPORTED_TASKS
 
+from cmp_trainer.ablations.crop import CmpCrop
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.losses.comparative import ComparativeLoss, RegularizedLoss
 from cmp_trainer.reports.curves import measures, plot_curves, summarize
+from cmp_trainer.step import bare_model
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,9 @@ CITATIONS = """\
 }"""
 
 _ALWAYS_SHOWN = ("cmp_num_ablations", "cmp_objective", "cmp_baseline")
+_OF_ABLATIONS = ("cmp_num_ablations", "cmp_num_crops", "cmp_crop_order", "cmp_dropout")  # beginnings
+_OF_OBJECTIVE = ("cmp_objective", "cmp_baseline", "cmp_ranking", "cmp_temperature", "cmp_margin", "cmp_primary")
+_OF_OBJECTIVE += ("cmp_weight", "cmp_loss_threshold")
 _NOT_MEASURES = ("runtime", "_per_second", "samples", "model_preparation_time", "questions", "_total")  # endings
 
 
@@ -65,10 +73,11 @@ def write_model_card(trainer: Any, *args: Any, **kwargs: Any) -> None:
     """
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if trainer.ablations is not None and find_spec("matplotlib") is not None:
-        regression = trainer._bare_model.config.problem_type == "regression"
+    if trainer.curve is not None and find_spec("matplotlib") is not None:
+        config = getattr(bare_model(trainer.model), "config", None)
+        regression = getattr(config, "problem_type", None) == "regression"
         unit = None if regression or trainer.per_example_loss_func is not None else "nats"
-        plot_curves(trainer.ablations, loss_unit=unit).savefig(folder / CURVE_IMAGE)
+        plot_curves(trainer.curve, loss_unit=unit).savefig(folder / CURVE_IMAGE)
     model_card(trainer, *args, **kwargs).save(folder / "README.md")
 
 
@@ -105,7 +114,7 @@ def model_card(trainer: Any, *args: Any, **kwargs: Any) -> ModelCard:
         versions=", ".join(f"{name} {metadata.version(name)}" for name in _libraries(adapter)),
         citations=CITATIONS,
         **_comparison(trainer),
-        **_curve(trainer.ablations),
+        **_curve(trainer.curve),
     )
 
 
@@ -117,30 +126,48 @@ def _progress(summary: TrainingSummary) -> list[dict[str, str]]:
 
 def _comparison(trainer: Any) -> dict[str, Any]:
     """The settings of comparative loss, as a table and in words."""
-    args, last = trainer.args, trainer.variants[-1]
-    kinds = [f"{last.drops} by dropout of hidden neurons"] if last.drops else []
-    kinds += [f"{last.crops} by cutting input context"] if last.crops else []
-    objective = (
-        "the mean over all pairs i < j of max(0, l(i) − l(j)) was minimized, with a last l(c+1) that is the baseline."
-        if args.cmp_objective == "comparative" and args.cmp_ranking == "pairwise"
-        else f"the {args.cmp_objective} objective with {args.cmp_ranking} ranking was minimized."
-    )
-    fields = [field for field in dataclasses.fields(args) if field.name.startswith("cmp_")]
-    regularized = args.cmp_objective == "regularized"
-    shown = {
-        field.name: getattr(args, field.name)
-        for field in fields
-        if field.name in _ALWAYS_SHOWN or getattr(args, field.name) != field.default
-    }
-    if regularized:
-        del shown["cmp_baseline"]
-        shown = {**shown, "cmp_primary": args.cmp_primary, "cmp_weight": args.cmp_weight}
+    counts = Counter(map(_taken_away, trainer.ablations))
     return {
         "num_ablations": trainer.num_ablations,
-        "ablations": ", ".join(kinds),
-        "objective": objective,
-        "cmp_arguments": shown,
+        "ablations": ", ".join(f"{count} by {what}" for what, count in counts.items()),
+        "objective": _objective(trainer.comparative_step().objective),
+        "cmp_arguments": _arguments(trainer),
     }
+
+
+def _taken_away(ablation: Any) -> str:
+    if isinstance(ablation, CmpDrop):
+        return "dropout of hidden neurons"
+    return "cutting input context" if isinstance(ablation, CmpCrop) else f"ablation of {ablation.name}"
+
+
+def _objective(objective: Any) -> str:
+    if isinstance(objective, ComparativeLoss) and objective.ranking == "pairwise":
+        return (
+            "the mean over all pairs i < j of max(0, l(i) − l(j)) was minimized, with a last l(c+1) that is the "
+            "baseline."
+        )
+    if isinstance(objective, (ComparativeLoss, RegularizedLoss)):
+        kind = "comparative" if isinstance(objective, ComparativeLoss) else "regularized"
+        return f"the {kind} objective with {objective.ranking} ranking was minimized."
+    return f"the objective `{getattr(objective, '__name__', type(objective).__name__)}` was minimized."
+
+
+def _arguments(trainer: Any) -> dict[str, Any]:
+    """The arguments of comparative loss, without those that objects replaced."""
+    args = trainer.args
+    shown = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(args)
+        if field.name.startswith("cmp_")
+        and (field.name in _ALWAYS_SHOWN or getattr(args, field.name) != field.default)
+    }
+    if shown and args.cmp_objective == "regularized":
+        del shown["cmp_baseline"]
+        shown = {**shown, "cmp_primary": args.cmp_primary, "cmp_weight": args.cmp_weight}
+    replaced = _OF_ABLATIONS if trainer._given_ablations is not None else ()
+    replaced += _OF_OBJECTIVE if trainer._given_objective is not None else ()
+    return {name: value for name, value in shown.items() if not name.startswith(replaced)}
 
 
 def _hyperparameters(trainer: Any, summary: TrainingSummary) -> dict[str, Any]:
@@ -222,7 +249,7 @@ def _model_index(trainer: Any, summary: TrainingSummary, evaluation: dict[str, f
 def _usage(trainer: Any, summary: TrainingSummary, adapter: Any) -> str:
     """Code that loads the model."""
     name = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id or summary.model_name
-    model = trainer._bare_model
+    model: Any = bare_model(trainer.model)
     kind, task = type(model).__name__, next(iter(_listed(summary.tasks)), None)
     if adapter is not None:
         base = adapter.base_model_name_or_path
@@ -243,8 +270,9 @@ def _usage(trainer: Any, summary: TrainingSummary, adapter: Any) -> str:
 def _origin(trainer: Any, base_model: str | None) -> str:
     if base_model is not None:
         return f"[{base_model}](https://huggingface.co/{base_model}), fine-tuned"
-    from_scratch = not getattr(trainer._bare_model.config, "_name_or_path", "")
-    return f"A {type(trainer._bare_model).__name__}, {'trained from scratch' if from_scratch else 'fine-tuned'}"
+    model: Any = bare_model(trainer.model)
+    from_scratch = not getattr(getattr(model, "config", None), "_name_or_path", "")
+    return f"A {type(model).__name__}, {'trained from scratch' if from_scratch else 'fine-tuned'}"
 
 
 def _evaluated_on(trainer: Any, summary: TrainingSummary) -> str:
