@@ -24,6 +24,9 @@ from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.compiled import backends
 from cmp_trainer.execution.forwards import Forwards, own_containers, versions
 from cmp_trainer.execution.intercept import Intercept
+from cmp_trainer.execution.one_forward import inner_model
+from cmp_trainer.execution.processes import num_processes
+from cmp_trainer.execution.random_state import RandomState
 from cmp_trainer.execution.stacked import CannotStack
 from cmp_trainer.execution.stacking import Stacking, prefer_stacked
 from cmp_trainer.losses.shares import CannotCompare, Replan, Shares, read_shares
@@ -266,6 +269,17 @@ def _nothing_dropped(step: Any, forwards: Forwards, full: Any) -> str | None:
     return problem
 
 
+def check_drops(step: Any, batch: Any, loss_fn: Callable[..., Tensor]) -> None:
+    """Check that a forward makes a dropout call that drops, before an evaluation under ablation.
+
+    Raises:
+        ValueError: it makes none; says why.
+    """
+    with inner_model(step.model) as model:
+        forwards = step._forwards(model, loss_fn, RandomState.capture(step._devices(batch)))
+        raise_together([_nothing_dropped(step, forwards, batch)])
+
+
 def _why_nothing_drops(sites: Sequence[tuple[str, float, bool]], drop: CmpDrop, model: nn.Module) -> str:
     settings = {name: value for name, value in _settings(model).items() if "drop" in name and "layer" not in name}
     settings_text = ", ".join(f"{name}={value}" for name, value in settings.items()) or "none"
@@ -309,7 +323,7 @@ def _nothing_ablated(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]
 
 def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
     """No dropout call is made in backward outside of the ablation of its forward."""
-    if not any(isinstance(kind, CmpDrop) for kind in step.kinds):
+    if not any(isinstance(kind, CmpDrop) for kind in step.kinds) or num_processes() > 1:
         return None
     last = step.variants[-1]
     forward = forwards.run(batches[last.levels], last.levels)

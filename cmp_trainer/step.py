@@ -26,6 +26,7 @@ from cmp_trainer.execution.compiled import is_compiled
 from cmp_trainer.execution.forwards import Forwards, LossFunction, versions
 from cmp_trainer.execution.low_memory import loss_in_backward
 from cmp_trainer.execution.one_forward import devices_of, in_one_forward, inner_model
+from cmp_trainer.execution.processes import agreed_batch, num_processes
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state, rng_restart
 from cmp_trainer.execution.stacking import Stacking, prefer_stacked
 from cmp_trainer.losses.comparative import ComparativeLoss, Objective, minimized
@@ -160,14 +161,15 @@ class ComparativeStep:
                 return run(model)
         return in_one_forward(self.model, run)
 
-    def log(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+    def log(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Mean losses of the variants and the violation rate since the last call; empty when nothing was compared.
 
         Args:
             reduce: sums a tensor over the processes.
         """
         self._check_deviation()
-        return self.losses_log.pop(reduce)
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        return self.losses_log.pop(reduce, device=device)
 
     def losses(self, batch: Any, loss_fn: LossFunction | None = None, variants: Sequence[Variant] | None = None):
         """VariantLosses of a batch without a gradient, of all variants by default; the random state is unchanged."""
@@ -314,6 +316,7 @@ class ComparativeStep:
         """The full model's loss and shares, planned anew where the plan does not fit this batch."""
         levels, plan = self.variants[0].levels, self._plans.get(True)
         again = plan is not None and plan.undecided and self._batches_seen >= self._next_replan
+        again = again and num_processes() == 1  # processes do equally many forwards
         if plan is not None and not again:
             forward = forwards.run(batch, levels, watch=not plan.anchors and not plan.crosses)
             try:
@@ -423,7 +426,12 @@ class ComparativeStep:
             self._removed = removed if self._removed is None else self._removed + removed
 
     def _check_first(self, forwards: Forwards, batches: dict[tuple[int, ...], Any]) -> None:
-        """Run the checks on this batch; they wait for one with a label."""
+        """Run the checks on this batch, or that of another process; they wait for one with a label."""
+        full = batches[self.variants[0].levels]
+        device = next((value.device for _, value in entries(full) if isinstance(value, Tensor)), torch.device("cpu"))
+        batches = agreed_batch(batches, not _is_unlabelled(full), device)
+        if batches is None:
+            return
         self._copies = forwards.copies = checks.writes_into_inputs(forwards, batches[self.variants[0].levels], self)
         with preserve_rng_state(forwards.start.devices):
             found = checks.check_first_batch(self, forwards, batches)

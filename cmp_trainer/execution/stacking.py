@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.plan import Variant
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.forwards import Forwards
+from cmp_trainer.execution.processes import num_processes
 from cmp_trainer.execution.stacked import CannotStack, NotedSites, StackedDrop, check_no_batch_norm, row_names, stack
 from cmp_trainer.losses.layouts import Layout, entries, num_rows
 from cmp_trainer.losses.reductions import Place
@@ -34,11 +35,6 @@ def prefer_stacked(batch: Any, choice: str) -> bool:
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     small = on_cpu and max(sizes, default=0) <= STACKING_PAYS_UP_TO
     return choice == "stacked" or (choice == "auto" and small and num_processes() == 1)
-
-
-def num_processes() -> int:
-    """How many processes train together, which have to do equally many forwards whatever their batches are."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class Stacking:

@@ -28,7 +28,7 @@ class LossLog:
         self.names = list(names)
         self.differed = False  # whether the variants' mean losses ever differed
         self._are_equal = False  # whether they were equal in the latest log, which is warned of once
-        # (4, parts, 1 + c + 1): weighted sums, weights, counts of the non-finite, and those of the first such batch
+        # (4, 1 + c + 1): weighted sums, weights, counts of the non-finite, and those of the first such batch
         self._sums: Tensor | None = None
 
     def __bool__(self) -> bool:
@@ -39,9 +39,9 @@ class LossLog:
 
         Means of losses are weighted; the violation rate counts every labelled example once.
         """
-        values, weights = values.detach().float(), weights.detach().float().unsqueeze(-1)
+        values, weights = values.detach().float().flatten(0, 1), weights.detach().float().flatten().unsqueeze(-1)
         violations = violation_rate(values).masked_fill(~values.isfinite().all(-1), torch.nan)
-        columns = torch.cat([values, violations.unsqueeze(-1)], dim=-1)  # (batch, parts, 1 + c + 1)
+        columns = torch.cat([values, violations.unsqueeze(-1)], dim=-1)  # (batch * parts, 1 + c + 1)
         finite = columns.isfinite()
         counted = torch.cat([weights.expand_as(values), (weights > 0).float()], dim=-1) * finite
         bad = ((~finite) & (weights > 0)).float().sum(0)
@@ -51,22 +51,30 @@ class LossLog:
             sums = torch.cat([self._sums[:3] + sums[:3], first.unsqueeze(0)])
         self._sums = sums
 
-    def pop(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums, prefix: str = "") -> dict[str, float]:
+    def pop(
+        self,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        prefix: str = "",
+        device: torch.device | None = None,
+    ) -> dict[str, float]:
         """The means since the last time, by name; empty when nothing was added.
 
         Args:
-            reduce: sums a tensor over the processes.
+            reduce: sums a tensor over the processes; it is called in each of them, whether it added something or not.
             prefix: what the names begin with.
+            device: of the tensor that `reduce` gets where nothing was added.
         """
-        if self._sums is None:
+        sums, self._sums = self._sums, None
+        if reduce is not None:
+            sums = reduce(torch.zeros(4, len(self.names) + 1, device=device) if sums is None else sums)
+        if sums is None or not sums[1:3].any():
             return {}
-        totals, weights, not_finite, first = reduce(self._sums).cpu()
-        self._sums = None
+        totals, weights, not_finite, first = sums.cpu()
         means = totals / weights.clamp(min=1e-12)
-        means = means.masked_fill((weights == 0) & (not_finite > 0), torch.nan).mean(0).tolist()
+        means = means.masked_fill((weights == 0) & (not_finite > 0), torch.nan).tolist()
         names = self.names
         if not_finite.any():
-            _warn(names, not_finite.sum(0).tolist(), first.sum(0).tolist())
+            _warn(names, not_finite.tolist(), first.tolist())
         self._warn_if_equal(means[:-1], names)
         labels = [*(f"{prefix}loss_{name}" for name in names), f"{prefix}violation_rate"]
         return dict(zip(labels, means, strict=True))

@@ -36,9 +36,9 @@ class Reseeded(CmpTrainer):
     def _get_train_sampler(self, *args):
         return SequentialSampler(self.train_dataset)
 
-    def compute_loss(self, *args, **kwargs):
+    def training_step(self, *args, **kwargs):
         torch.manual_seed(100 + self.state.global_step)
-        return super().compute_loss(*args, **kwargs)
+        return super().training_step(*args, **kwargs)
 
 
 def tokens(rows: int) -> Dataset:
