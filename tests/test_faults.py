@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,13 +135,24 @@ FORWARDS = {"sequential": 3, "stacked": 2, "low memory": 3}
 def test_an_error_in_a_forward_leaves_model_modes_and_random_state(mode, forward, tmp_path):
     trainer, batch = trainer_with_crops(tmp_path, mode)
     trainer.compute_loss(trainer.model, dict(batch)).backward()  # the checks of the first step are behind us
-    assert_an_error_leaves_no_trace(trainer, batch, forward)
+    step = partial(trainer.compute_loss, trainer.model, dict(batch))
+    assert forwards_until_an_error_that_leaves_no_trace(trainer.model, forward, step) == forward + 1
+
+
+@pytest.mark.parametrize("forward", range(2))
+def test_an_error_in_a_forward_of_the_backward_of_low_memory_leaves_no_trace(forward, tmp_path):
+    trainer, batch = trainer_with_crops(tmp_path, "low memory")
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    assert forwards_until_an_error_that_leaves_no_trace(trainer.model, forward, loss.backward) == forward + 1
 
 
 # The checks run the full model in several ways, then variants one by one and stacked.
 @pytest.mark.parametrize("forward", range(7))
 def test_an_error_in_a_forward_of_the_first_steps_checks_leaves_no_trace_either(forward, tmp_path):
-    assert_an_error_leaves_no_trace(*trainer_with_crops(tmp_path, "stacked"), forward)
+    trainer, batch = trainer_with_crops(tmp_path, "stacked")
+    step = partial(trainer.compute_loss, trainer.model, dict(batch))
+    assert forwards_until_an_error_that_leaves_no_trace(trainer.model, forward, step) > forward
 
 
 def trainer_with_crops(folder, mode):
@@ -153,9 +165,9 @@ def trainer_with_crops(folder, mode):
     return trainer, batch_of(data)
 
 
-def assert_an_error_leaves_no_trace(trainer, batch, forward):
-    """A step whose forward number `forward`, from 0 on, raises."""
-    model, forwards = trainer.model, []
+def forwards_until_an_error_that_leaves_no_trace(model, forward, step):
+    """The number of forwards of a step in which forward number `forward`, from 0 on, and later ones raise."""
+    forwards = []
 
     def fail(module, inputs):
         forwards.append(module)
@@ -165,14 +177,14 @@ def assert_an_error_leaves_no_trace(trainer, batch, forward):
     before = randomness(), {name: value.clone() for name, value in model.state_dict().items()}
     hook = model.classifier.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in a forward"):
-        trainer.compute_loss(model, dict(batch))
+        step()
     hook.remove()
-    assert len(forwards) > forward
     assert randomness() == before[0]
     assert all(torch.equal(value, before[1][name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert not torch.overrides._get_current_function_mode_stack()
     assert torch.is_grad_enabled() and torch._dynamo.eval_frame._stance.stance == "default"
+    return len(forwards)
 
 
 def test_an_error_while_ablations_are_evaluated_leaves_modes_and_random_state(tmp_path):

@@ -194,6 +194,50 @@ def test_label_smoothing_is_that_of_trainer(name, tmp_path):
     assert_equal_gradients(gradients, expected, SCALE)
 
 
+@pytest.mark.parametrize("name", ["regression", "multi-label classification"])
+def test_label_smoothing_of_labels_that_are_no_classes_fails_as_in_trainer(name, tmp_path):
+    task, smoothed, errors = TASKS[name], {"label_smoothing_factor": 0.1}, []
+    for kind, arguments in ((Trainer, plain_arguments), (CmpTrainer, cmp_arguments)):
+        with pytest.raises(RuntimeError) as error:
+            one_update(kind, task.model(), task.examples, arguments(tmp_path, **smoothed))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+PRIMARY_LOSS = {  # (batch, 1 + c) -> (batch,)
+    "max": lambda losses: losses.amax(-1),
+    "mean": lambda losses: losses.mean(-1),
+    "full": lambda losses: losses[:, 0],
+    "last": lambda losses: losses[:, -1],
+}
+
+
+@pytest.mark.parametrize("primary", PRIMARY_LOSS)
+def test_the_primary_loss_of_an_answer_is_that_of_start_and_end_together(primary, tmp_path):
+    task = TASKS["question answering"]
+    model, batch = task.model().train(), padded(task.examples)
+    settings = {"cmp_objective": "regularized", "cmp_primary": primary, "cmp_weight": 0.0, "cmp_dropout": 0.4}
+    trainer = CmpTrainer(model, cmp_arguments(tmp_path, **settings))
+    torch.manual_seed(4)
+    found = trainer.compute_loss(model, dict(batch))
+    found.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    labelled = batch["start_positions"] < max(LENGTHS)
+    losses = []
+    for drops in range(1 + NUM_ABLATIONS):
+        torch.manual_seed(4)
+        with Ablated([CmpDrop(base_rate=0.4)], [drops]):
+            outputs = model(batch["input_ids"], batch["attention_mask"])
+        start = torch.nn.functional.cross_entropy(outputs.start_logits[labelled], STARTS[labelled], reduction="none")
+        end = torch.nn.functional.cross_entropy(outputs.end_logits[labelled], ENDS[labelled], reduction="none")
+        losses.append((start + end) / 2)
+    expected = PRIMARY_LOSS[primary](torch.stack(losses, -1)).mean()
+    model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(found, expected)
+    assert_equal_gradients(gradients, {name: p.grad for name, p in model.named_parameters()}, 1)
+
+
 MORE_THAN_THE_LABELS = {
     "n-grams of ProphetNet": PROPHETNET,
     "router loss of Mixtral": AVAILABLE["mixtral"],
@@ -284,10 +328,6 @@ def cmp_arguments(folder, **changes):
 def of_trainer(task, arguments):
     """Trainer's own loss and gradients of the five examples in the model without dropout."""
     return one_update(Trainer, task.model_without_dropout(), task.examples, arguments)
-
-
-def counts_items(task, arguments):
-    return "labels" in task.examples[0] and Trainer(task.model(), arguments).model_accepts_loss_kwargs
 
 
 class GradientsOfTheStep(TrainerCallback):
