@@ -13,8 +13,9 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures checkpoints 
 	dropout faults glue low_memory models_without_dropout other_randomness stacked tasks trainer training_args variants \
 	versions ways_of_training))
 READY_OLDEST := $(VENV)-oldest/.ready
+READY_RECIPES := $(VENV)-recipes/.ready
 
-.PHONY: help env demo test test-oldest lint format typecheck bench docs dist
+.PHONY: help env demo test test-oldest test-recipes lint format typecheck bench docs dist
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,6 +41,15 @@ $(READY_OLDEST): setup.cfg constraints-oldest.txt
 
 test-oldest: $(READY_OLDEST) ## the core suite with the oldest libraries that setup.cfg allows
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS) $(CORE_TESTS)
+
+$(READY_RECIPES): setup.cfg constraints-recipes.txt
+	$(PYTHON) -m venv $(VENV)-recipes
+	$(VENV)-recipes/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-recipes.txt \
+		-e '.[test-core]' trl sentence-transformers lightning
+	touch $@
+
+test-recipes: $(READY_RECIPES) ## trainers of TRL and sentence-transformers, loops of Accelerate and Lightning
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-recipes/bin/python -m pytest -q tests/recipes
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
