@@ -488,8 +488,10 @@ def _parts(columns: Sequence[tuple[Tensor, Tensor]], batch: Any) -> tuple[Tensor
     if len(columns) == 1 or ("start_positions" in names and "end_positions" in names):
         return torch.cat([values for values, _ in columns], 1), torch.cat([weights for _, weights in columns], 1)
     values = torch.stack([column for column, _ in columns]).sum(0)
-    weights = torch.stack([column for _, column in columns])
-    return values, weights.sum(0) / (weights > 0).sum(0).clamp(min=1)
+    weights = torch.stack([column for _, column in columns])  # (reductions, rows, 1)
+    totals = weights.sum((1, 2), keepdim=True)
+    shared = (weights / totals.masked_fill(totals == 0, 1)).sum(0) / (totals > 0).sum().clamp(min=1)
+    return values, shared * totals.max()  # as many labels as the reduction counts that counts most
 
 
 def _sign_errors(values: Tensor, anchors: Sequence[Tensor]) -> list[Tensor | None]:
