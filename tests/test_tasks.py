@@ -261,6 +261,15 @@ def test_a_loss_that_is_more_than_that_of_the_labels_is_the_models_own(name, tmp
         torch.testing.assert_close(found, model(**batch).loss)
 
 
+def test_a_causal_model_whose_class_was_renamed_by_what_wraps_it_keeps_its_own_loss(tmp_path):
+    tiny = AVAILABLE["gpt2"]
+    model, batch = tiny.build(), tiny.batch()
+    model.__class__ = type("FSDPGPT2LMHeadModel", (type(model),), {})  # as FSDP2 makes one
+    full_only = {"cmp_objective": "regularized", "cmp_primary": "full", "cmp_weight": 0.0, "cmp_dropout": 0.1}
+    found = CmpTrainer(model, cmp_arguments(tmp_path, **full_only)).compute_loss(model.train(), dict(batch))
+    torch.testing.assert_close(found, model.eval()(**batch).loss)
+
+
 def test_speech_recognition_with_ctc_compares_the_losses_that_the_user_gives(tmp_path):
     def ctc_losses(outputs, inputs):
         log_probabilities = outputs.logits.log_softmax(-1).transpose(0, 1)  # (frames, batch, characters)

@@ -11,19 +11,17 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils import checkpoint
 from transformers import (
     EarlyStoppingCallback,
-    GPT2Config,
-    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-from cmp_trainer import CmpTrainer, CmpTrainerMixin
-from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer import CmpDrop, CmpTrainer
+from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.losses.comparative import comparative_loss
-from cmp_trainer.losses.task_losses import shifts_labels
 from tests.helpers import batch_of, cmp_trainer, free_port, gradients, same_weights, tiny_bert, token_data
 from tests.scripts import train_distributed as distributed
 
@@ -74,11 +72,10 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_the_bit(settings, tm
         torch.testing.assert_close(ours, plain, rtol=0, atol=0)
 
 
-def test_reentrant_checkpointing_is_switched_with_a_warning(tmp_path, caplog):
+def test_reentrant_checkpointing_gives_the_same_gradients(tmp_path):
     settings = {"use_reentrant": True}
     checkpointed = recorded(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=settings)
-    assert "gradient checkpointing was asked for in its reentrant form" in caplog.text
-    torch.testing.assert_close(checkpointed, recorded(tmp_path), rtol=0, atol=0)
+    torch.testing.assert_close(checkpointed, recorded(tmp_path), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.skipif(not NEW_NAMES, reason="transformers 5 renamed gradient checkpointing")
@@ -105,6 +102,7 @@ def test_gradient_checkpointing_leaves_the_model_as_trainer_does(fails, tmp_path
         trainer.train()
     functions = [module._gradient_checkpointing_func for module in trainer.model.bert.encoder.layer]
     assert all("context_fn" not in function.keywords for function in functions)
+    assert checkpoint._checkpoint_without_reentrant_generator.__module__ == checkpoint.__name__
 
 
 # Low memory
@@ -166,6 +164,7 @@ def test_compiled_training_equals_eager_training_without_a_graph_break_of_ours(t
     compiled = recorded(tmp_path, model, torch_compile=True, torch_compile_backend="aot_eager")
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == 3  # one for the full model and for each ablation
+    assert model.base_model._compiled_call_impl is None
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
 
 
@@ -198,7 +197,7 @@ def by_hand(model, batch, num_ablations):
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     for drops in range(1 + num_ablations):
         torch.set_rng_state(state)
-        with CmpDrop(drops):
+        with Ablated([CmpDrop()], [drops]):
             losses.append(nn.functional.cross_entropy(model(**inputs).logits, labels, reduction="none"))
     model.zero_grad()
     loss = comparative_loss(torch.stack(losses, 1)).mean()
@@ -390,7 +389,7 @@ def test_hyperparameter_search_tries_arguments_of_comparative_loss(tmp_path, cap
 
 def test_a_search_into_a_bad_combination_is_refused(tmp_path):
     trainer = cmp_trainer(tmp_path, model_init=lambda: tiny_bert(), max_steps=1)
-    with pytest.raises(ValueError, match=r"--cmp_temperature -1\.0 has to be"):
+    with pytest.raises(ValueError, match=r"--cmp_temperature -1\.0 must be"):
         trainer.hyperparameter_search(
             lambda _: {"cmp_num_ablations": 1, "cmp_temperature": -1.0}, n_trials=1, backend="optuna"
         )
@@ -401,9 +400,10 @@ def test_a_search_into_ablations_checks_the_setting(tmp_path):
         tmp_path,
         model_init=lambda: tiny_bert(),
         max_steps=1,
-        compute_loss_func=lambda outputs, labels, **_: outputs.loss,
+        torch_compile=True,
+        torch_compile_backend="eager",
     )
-    with pytest.raises(ValueError, match="per_example_loss_func"):
+    with pytest.raises(ValueError, match="torch_compile_backend eager"):
         trainer.hyperparameter_search(lambda trial: {"cmp_num_ablations": 1}, n_trials=1, backend="optuna")
 
 
@@ -429,7 +429,8 @@ def test_neftune_adds_one_noise_to_all_variants(tmp_path):
 # Subclasses
 
 
-def test_the_mixin_brings_comparison_to_a_trainer_of_ones_own(tmp_path):
+@pytest.mark.parametrize("plugin_first", [True, False])
+def test_a_trainer_of_ones_own_is_compared_in_either_order_of_bases(plugin_first, tmp_path):
     class Post(Trainer):
         """Overrides what QuestionAnsweringTrainer-like subclasses override."""
 
@@ -441,24 +442,81 @@ def test_the_mixin_brings_comparison_to_a_trainer_of_ones_own(tmp_path):
             self.steps_seen = getattr(self, "steps_seen", 0) + 1
             return super().training_step(*args, **kwargs)
 
-    class CmpPost(CmpTrainerMixin, Post):
-        pass
-
-    trainer = cmp_trainer(tmp_path, kind=CmpPost, cmp_num_ablations=1, cmp_eval_ablations=True, max_steps=2)
+    bases = (CmpTrainer, Post) if plugin_first else (Post, CmpTrainer)
+    trainer = cmp_trainer(
+        tmp_path, kind=type("CmpPost", bases, {}), cmp_num_ablations=1, cmp_eval_ablations=True, max_steps=2
+    )
     trainer.train()
     assert trainer.steps_seen == 2
     assert {"eval_post", "eval_loss_ablated_1"} <= trainer.evaluate().keys()
     assert "loss_ablated_1" in trainer.state.log_history[0]
 
 
-def test_a_subclass_whose_compute_loss_goes_past_the_comparison_is_refused(tmp_path):
-    class Own(CmpTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return model(**inputs).loss
+class ByItself(Trainer):
+    """Computes its loss by itself, collects metrics and logs."""
 
-    trainer = cmp_trainer(tmp_path, kind=Own, cmp_num_ablations=1, max_steps=2)
-    with pytest.raises(ValueError, match=r"Own\.compute_loss"):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.collected, self.seen = {"losses": []}, 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        losses = nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+        loss = ((1 - (-losses).exp()) ** 2 * losses).mean()  # focal loss
+        self.collected["losses"].append(loss.item())
+        self.seen += len(inputs["labels"])
+        self.log({"loss": loss.item(), "focal": 1.0})
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("plugin_first", [True, False])
+def test_a_loss_computed_by_hand_is_compared_and_leaves_the_traces_of_one_run(plugin_first, tmp_path):
+    bases = (CmpTrainer, ByItself) if plugin_first else (ByItself, CmpTrainer)
+    ours = cmp_trainer(tmp_path, tiny_bert(), kind=type("CmpByItself", bases, {}), max_steps=3, **FULL_ONLY)
+    plain = cmp_trainer(tmp_path, tiny_bert(**NO_DROPOUT), kind=ByItself, max_steps=3)
+    for trainer in (ours, plain):
         trainer.train()
+    torch.testing.assert_close(dict(ours.model.named_parameters()), dict(plain.model.named_parameters()))
+    assert ours.collected["losses"] == pytest.approx(plain.collected["losses"], rel=1e-5)
+    assert ours.seen == plain.seen
+    added = {"loss_full", "loss_ablated_1", "loss_ablated_2", "violation_rate"}
+    for our_log, plain_log in zip(ours.state.log_history, plain.state.log_history, strict=True):
+        assert our_log.keys() - added == plain_log.keys()
+        assert ("focal" in our_log) != (added <= our_log.keys()) or "train_runtime" in our_log
+
+
+@pytest.mark.parametrize("plugin_first", [True, False])
+def test_a_training_step_that_never_asks_for_the_loss_is_an_error_at_that_step(plugin_first, tmp_path):
+    class OwnStep(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**inputs).loss
+            loss.backward()
+            return loss.detach()
+
+    bases = (CmpTrainer, OwnStep) if plugin_first else (OwnStep, CmpTrainer)
+    trainer = cmp_trainer(tmp_path, kind=type("CmpOwnStep", bases, {}), cmp_num_ablations=1, max_steps=2)
+    with pytest.raises(ValueError, match=r"CmpOwnStep\.training_step computed its loss without a comparison"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_training_step_of_ones_own_that_asks_for_the_loss_is_compared(tmp_path):
+    class OwnStep(CmpTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model.train(), inputs)
+            loss.backward()
+            return loss.detach()
+
+    trainer = cmp_trainer(tmp_path, kind=OwnStep, cmp_num_ablations=1, max_steps=2)
+    trainer.train()
+    assert trainer.num_comparisons == 2
+
+
+def test_a_plain_trainer_with_ablations_in_its_arguments_is_an_error(tmp_path):
+    trainer = cmp_trainer(tmp_path, kind=Trainer, cmp_num_ablations=2)
+    with pytest.raises(ValueError, match="use CmpTrainer in place of Trainer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 # Several processes
@@ -501,14 +559,6 @@ def test_two_processes_train_as_one_process_with_two_batches(setting, two_proces
     for result in two_processes:
         assert result[setting]["kind"] == KINDS[setting]
         torch.testing.assert_close(result[setting]["weights"], one_process["weights"])
-
-
-def test_labels_are_shifted_for_a_causal_model_whose_class_was_renamed_by_what_wraps_it():
-    class FSDPGPT2LMHeadModel(GPT2LMHeadModel):
-        """FSDP2 makes such a class."""
-
-    config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1)
-    assert shifts_labels(FSDPGPT2LMHeadModel(config))
 
 
 @pytest.mark.xdist_group("two processes")
