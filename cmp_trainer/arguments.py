@@ -151,11 +151,20 @@ class CmpTrainingArguments(TrainingArguments):
         _check_objective(self)
 
     @property
+    def cmp_drop(self) -> CmpDrop:
+        """CmpDrop as the arguments describe it, also where no ablations are asked for."""
+        rates = tuple(self.cmp_dropout_rates) if self.cmp_dropout_rates else None
+        return CmpDrop(self.cmp_dropout_schedule, self.cmp_dropout, rates)
+
+    @property
+    def cmp_crop(self) -> CmpCrop:
+        """CmpCrop as the arguments describe it, also where no crops are asked for."""
+        return CmpCrop(order=self.cmp_crop_order)
+
+    @property
     def cmp_ablations(self) -> list[Ablation]:
         """The ablations that the arguments ask for, from least to most ablated."""
-        rates = tuple(self.cmp_dropout_rates) if self.cmp_dropout_rates else None
-        drop = CmpDrop(self.cmp_dropout_schedule, self.cmp_dropout, rates)
-        return plan(self.cmp_num_ablations, self.cmp_num_crops, drop, CmpCrop(order=self.cmp_crop_order))
+        return plan(self.cmp_num_ablations, self.cmp_num_crops, self.cmp_drop, self.cmp_crop)
 
     @property
     def cmp_objective_function(self) -> ComparativeLoss | RegularizedLoss:

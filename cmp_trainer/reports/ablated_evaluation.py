@@ -9,21 +9,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import Trainer
+from torch.nn import functional as F
+from transformers import Trainer, set_seed
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import default_compute_objective
 
+from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.plan import variants_of
+from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.chain import ChainLoss, shadowed, without_segments
-from cmp_trainer.checks import train_mode_except_batch_norm
-from cmp_trainer.execution.random_state import preserve_rng_state
+from cmp_trainer.checks import check_drops, check_trainer, train_mode_except_batch_norm
+from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
+from cmp_trainer.execution.traces import no_traces
+from cmp_trainer.losses.layouts import entries, num_rows
 from cmp_trainer.reports.curves import ablation_curve
 from cmp_trainer.reports.loss_log import LossLog
+from cmp_trainer.step import ComparativeStep, VariantLosses
+
+PredictionStep = Callable[..., tuple[Any, Any, Any]]
+"""`(model, inputs, prediction_loss_only, ignore_keys) -> (loss, logits, labels)`, the Trainer's or a subclass's."""
 
 
 class VariantsInEvaluation:
@@ -34,21 +46,12 @@ class VariantsInEvaluation:
         self.is_on = bool(trainer.num_ablations and getattr(trainer.args, "cmp_eval_ablations", False))
         self.log: LossLog | None = None
 
-    def prediction_step(self, chain: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, chain: PredictionStep, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's prediction step on the full input; then the variants' losses are noted."""
-        trainer = self.trainer
-        loss, logits, labels = chain(model, without_segments(inputs), *args, **kwargs)
-        if (
-            loss is not None
-            and trainer.per_example_loss_func
-            and getattr(trainer.args, "predict_with_generate", False)
-        ):
-            with torch.no_grad(), trainer.compute_loss_context_manager():  # else generation reports the model's own
-                prepared = without_segments(trainer._prepare_inputs(inputs))
-                loss = type(trainer).compute_loss(trainer, model, prepared).detach()
-        if self.is_on and loss is not None:
-            self._note(model, trainer._prepare_inputs(inputs))
-        return loss, logits, labels
+        prediction = _predict(self.trainer, chain, model, without_segments(inputs), *args, **kwargs)
+        if self.is_on and prediction[0] is not None:
+            self._note(model, self.trainer._prepare_inputs(inputs))
+        return prediction
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """The variants' mean losses and the violation rate, under names that begin with the prefix."""
@@ -59,12 +62,14 @@ class VariantsInEvaluation:
         trainer, step = self.trainer, self.trainer.comparative_step(model)
         devices = step._devices(inputs)
         with preserve_rng_state(devices), train_mode_except_batch_norm(model), trainer.compute_loss_context_manager():
-            torch.manual_seed(trainer.args.seed)
+            set_seed(trainer.args.seed)
             losses = step.losses(inputs, _loss_of(trainer))
-        if losses is None:
-            return
-        rows = losses.weights.shape[0]
-        values, weights = trainer.accelerator.gather_for_metrics((losses.values, losses.weights * rows))
+        rows = num_rows(inputs) or 0
+        if losses is None:  # the other processes wait for this one
+            first = next(value for _, value in entries(inputs) if isinstance(value, Tensor))
+            zeros = first.new_zeros(rows, 1, len(step.variants), dtype=torch.float32)
+            losses = (zeros, zeros[..., 0])
+        values, weights = trainer.accelerator.gather_for_metrics((losses[0], losses[1] * rows))
         self.log = self.log or LossLog([variant.name for variant in step.variants])
         self.log.add(values, weights)
 
@@ -72,37 +77,55 @@ class VariantsInEvaluation:
 class AblatedEvaluation:
     """An evaluation of the model at a level of ablation.
 
+    At level 0 of every kind the model is in eval mode, so that this is what `evaluate` does. Above, it is in train
+    mode, so that dropout drops, except for batch norm.
+
     Args:
         trainer: a CmpTrainer.
+        step: a step whose kinds of ablation are measured.
         levels: the level of every kind.
-        most: the most ablated variant of the curve, so that crops of all levels are drawn alike.
+        most: the most ablated levels of the curve, so that crops of all levels are drawn alike.
         seed: of the masks.
     """
 
-    def __init__(self, trainer: Any, levels: tuple[int, ...], most: tuple[int, ...], seed: int) -> None:
-        self.trainer, self.levels, self.most, self.seed = trainer, levels, most, seed
+    def __init__(
+        self, trainer: Any, step: ComparativeStep, levels: tuple[int, ...], most: tuple[int, ...], seed: int
+    ) -> None:
+        self.trainer, self.step, self.levels, self.most, self.seed = trainer, step, levels, most, seed
         self._values: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._batches = 0
 
-    def prediction_step(self, chain: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's prediction step under ablation; the losses of the examples are kept."""
-        trainer, step = self.trainer, self.trainer.comparative_step(model)
-        inputs = trainer._prepare_inputs(inputs)
-        with preserve_rng_state(step._devices(inputs)), train_mode_except_batch_norm(model):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, self._batches]).generate_state(1)[0]))
-            batch = without_segments(step.batch_at(inputs, self.levels, self.most))
-            with shadowed(trainer, compute_loss=self._loss):
-                result = chain(model, batch, *args, **kwargs)
-        self._batches += 1
-        return result
+    def run(self, dataset: Any, prefix: str = "eval") -> Any:
+        """What the Trainer's own evaluation loop returns, under ablation; the trainer is left as it was."""
+        trainer, handler = self.trainer, self.trainer.callback_handler
+        callbacks = handler.callbacks
+        # A progress bar ends with on_evaluate, which is for evaluations of the full model.
+        handler.callbacks = [one for one in callbacks if not hasattr(one, "prediction_bar")]
+        try:
+            with no_traces(trainer), shadowed(trainer, evaluation=self), preserve_rng_state():  # of data loaders
+                dataloader = trainer.get_eval_dataloader(dataset)
+                losses_only = True if trainer.compute_metrics is None else None
+                return trainer.evaluation_loop(dataloader, "Ablation", losses_only, metric_key_prefix=prefix)
+        finally:
+            handler.callbacks = callbacks
 
-    def run(self, dataset: Any, prediction_loss_only: bool) -> Any:
-        """What the Trainer's own evaluation loop returns, under ablation."""
-        trainer = self.trainer
-        with shadowed(trainer, evaluation=self):
-            dataloader = trainer.get_eval_dataloader(dataset)
-            return trainer.evaluation_loop(dataloader, "Ablation", prediction_loss_only or None)
+    def prediction_step(self, chain: PredictionStep, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's prediction step under ablation; the losses of the examples take another forward."""
+        trainer, step = self.trainer, self.step
+        step.model, inputs = model, trainer._prepare_inputs(inputs)
+        devices, is_full = step._devices(inputs), not any(self.levels)
+        with preserve_rng_state(devices), nullcontext() if is_full else train_mode_except_batch_norm(model):
+            set_seed(int(np.random.SeedSequence([self.seed, self._batches]).generate_state(1)[0]))
+            batch = without_segments(step.batch_at(inputs, self.levels, self.most))
+            start = RandomState.capture(devices)
+            with Ablated(step.kinds, self.levels, start):
+                prediction = _predict(trainer, chain, model, batch, *args, **kwargs)
+            if prediction[0] is not None:
+                with torch.no_grad(), trainer.compute_loss_context_manager():
+                    self._note(batch, start)
+        self._batches += 1
+        return prediction
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """None besides the Trainer's."""
@@ -110,19 +133,55 @@ class AblatedEvaluation:
 
     @property
     def losses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Losses and weights of the examples, `(examples, parts)` each."""
-        if not self._values:
-            raise ValueError("no example has a label; an ablation curve is made of losses, so it needs them.")
-        return torch.cat(self._values).numpy(), torch.cat(self._weights).numpy()
+        """Losses and weights of the examples, `(examples, parts)` each.
 
-    def _loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss_fn = _loss_of(self.trainer, return_outputs, **kwargs)
-        loss, losses = self.trainer.comparative_step(model).measure(inputs, loss_fn, self.levels)
-        if losses is not None:
-            gathered = self.trainer.accelerator.gather_for_metrics(tuple(losses))
-            self._values.append(gathered[0].float().cpu())
-            self._weights.append(gathered[1].float().cpu())
-        return (loss, loss_fn.outputs) if return_outputs else loss
+        Raises:
+            ValueError: no example has a label.
+        """
+        if not any(bool(weights.any()) for weights in self._weights):
+            raise ValueError("no example has a label; an ablation curve is made of losses, so it needs them.")
+        parts = max(weights.shape[1] for weights in self._weights)
+        both = ([F.pad(one, (0, parts - one.shape[1])) for one in found] for found in (self._values, self._weights))
+        values, weights = (torch.cat(found).numpy() for found in both)
+        return values, weights
+
+    def _note(self, batch: Any, start: RandomState) -> None:
+        """Keep the losses of the examples of a batch, gathered over the processes."""
+        loss_fn, accelerator = _loss_of(self.trainer), self.trainer.accelerator
+        kinds = zip(self.step.kinds, self.levels, strict=True)
+        if self._batches == 0 and any(level and isinstance(kind, CmpDrop) for kind, level in kinds):
+            check_drops(self.step, batch, loss_fn)
+        start.restore()
+        losses = self.step.measure(batch, loss_fn, self.levels)[1]
+        values, weights = _gathered(accelerator, losses, batch)
+        self._values.append(values.float().cpu())
+        self._weights.append(weights.float().cpu())
+
+
+def _gathered(accelerator: Any, losses: VariantLosses | None, batch: Any, *variants: int) -> tuple[Tensor, Tensor]:
+    """Losses `(batch, parts, *variants)` and weights `(batch, parts)` of the examples of all processes.
+
+    A weight is the share of an example in its batch, so that all batches count alike. Losses are None where nothing
+    has a label; others may have some then, and wait. Without any, parts are 0.
+    """
+    device, rows = accelerator.device, find_batch_size(batch) or 1
+    parts = torch.tensor([0 if losses is None else losses.weights.shape[1]], device=device)
+    parts = int(accelerator.gather(parts).max())
+    if losses is None:
+        nothing = torch.zeros(rows, parts, *variants, device=device), torch.zeros(rows, parts, device=device)
+        return accelerator.gather_for_metrics(nothing)
+    return accelerator.gather_for_metrics((losses.values, losses.weights * losses.weights.shape[0]))
+
+
+def _predict(trainer: Any, chain: PredictionStep, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """A prediction step, which reports the user's own loss also where text is generated."""
+    loss, logits, labels = chain(model, inputs, *args, **kwargs)
+    generates = getattr(trainer.args, "predict_with_generate", False)
+    if loss is not None and trainer.per_example_loss_func is not None and generates:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            prepared = trainer._prepare_inputs(inputs)
+            loss = type(trainer).compute_loss(trainer, model, prepared).detach()
+    return loss, logits, labels
 
 
 class EvaluatesVariants(Trainer):
@@ -146,7 +205,7 @@ class EvaluatesVariants(Trainer):
     ) -> Any:
         """Adds the variants' mean losses to the metrics under --cmp_eval_ablations."""
         evaluation = self.evaluation or VariantsInEvaluation(self)
-        step = functools.partial(evaluation.prediction_step, type(self).prediction_step.__get__(self))
+        step = functools.partial(evaluation.prediction_step, self.prediction_step)
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         with shadowed(self, prediction_step=step, evaluation=evaluation):
             output = super().evaluation_loop(*arguments)
@@ -161,16 +220,25 @@ class EvaluatesVariants(Trainer):
         seeds: Sequence[int] = (0, 1, 2),
         model_name: str | None = None,
     ) -> pd.DataFrame:
-        """Loss, metrics and violations at 0, 1, … levels of ablation, which the model card shows from then on.
+        """Loss, metrics and examples in violation at 0, 1, … levels of ablation; the model card shows them.
 
         Arguments, columns of the result and errors are those of `cmp_trainer.reports.curves.ablation_curve`.
         """
         self.curve = ablation_curve(self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name)
         return self.curve
 
-    def ablated_evaluation(self, level: tuple[int, ...], most: tuple[int, ...], seed: int) -> AblatedEvaluation:
-        """An evaluation at a level of ablation, to be run."""
-        return AblatedEvaluation(self, level, most, seed)
+    def measuring_step(self, ablations: Sequence[Ablation]) -> ComparativeStep:
+        """A step whose kinds of ablation are measured one by one; that of training is left alone."""
+        check_trainer(self)
+        return ComparativeStep(
+            self.model, ablations, processing_class=self.processing_class, data_collator=self.data_collator
+        )
+
+    def ablated_evaluation(
+        self, step: ComparativeStep, levels: tuple[int, ...], most: tuple[int, ...], seed: int
+    ) -> AblatedEvaluation:
+        """An evaluation at a level of every kind of the step, to be run."""
+        return AblatedEvaluation(self, step, levels, most, seed)
 
     def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any):
         """Adds: the variants' losses in an evaluation are no part of the default objective."""

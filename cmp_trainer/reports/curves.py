@@ -6,7 +6,8 @@ and rises slowly; and it violates the comparison principle
 
     l(0) <= l(1) <= … <= l(K)
 
-for few examples: at level k an example violates it when a less ablated level j < k has a higher loss.
+for few examples: at level k an example violates it when a less ablated level j < k has a higher loss. (Logs of a
+training have a `violation_rate`, which is another measure: the share of pairs of variants in the wrong order.)
 
 A curve is a long pandas table, a row for each model, kind of ablation, level and seed. `summarize` takes means and
 spreads, `plot_curves` draws, `curve.to_csv` and `curve.to_json` are pandas' own.
@@ -16,9 +17,9 @@ Source: the analyses of dropout power and context size in https://doi.org/10.114
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,13 +27,13 @@ from tqdm.auto import tqdm
 
 from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.ablations.protocol import Ablation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-logger = logging.getLogger(__name__)
-
 KEYS = ["model", "ablation", "level"]
+IN_VIOLATION = "examples_in_violation"
 # A loss has to be lower by this much to count: crops that remove nothing may differ in the last bits.
 _TOLERANCE = 1e-6
 _TIMINGS = ("runtime", "_per_second", "model_preparation_time")
@@ -47,100 +48,133 @@ def ablation_curve(
     seeds: Sequence[int] = (0, 1, 2),
     model_name: str | None = None,
 ) -> pd.DataFrame:
-    """Task loss, violations and metrics of the trainer's model at every level of ablation.
+    """Task loss, metrics and examples in violation of the trainer's model at every level of ablation.
+
+    Loss and metrics are what the trainer's own evaluation reports, run under an ablation; at level 0 they equal those
+    of `trainer.evaluate()`. The model is left as an evaluation leaves it, and the random state as it was.
 
     Args:
-        trainer: a CmpTrainer; its model, batches, losses, `compute_metrics` and dropout schedule are used.
-        dataset: what to evaluate on; the trainer's `eval_dataset` by default.
-        drops: K, the most cumulative drops; by default 3, or as many as training had where that is more.
+        trainer: a CmpTrainer; its model, batches, loss, metrics and ablations are used.
+        dataset: what to evaluate on, or a dict of data sets; the trainer's `eval_dataset` by default.
+        drops: K, the most cumulative drops; by default 3, or as many as training had where that is more, and none
+            where the trainer has only ablations of your own.
         crops: the most crops; by default all segments where the trainer crops (`--cmp_num_crops`), otherwise none.
         seeds: one measurement for each mask seed.
-        model_name: what the model is called in the table; by default the name of the output folder.
+        model_name: what the model is called in the table; by default the name of the output folder. Where there are
+            several data sets, their names follow it.
 
     Returns:
         Columns `model`, `ablation` ("drops", "crops", or the name of an ablation of your own), `level`, `seed`,
-        `examples`, `loss`, `violations` (share of examples whose loss is higher at a lower level), and one for each
-        metric. Level 0 is the full model.
+        `examples`, `loss`, `examples_in_violation` (share of examples whose loss is higher at a lower level), and one
+        for each metric. Level 0 is the full model.
 
     Raises:
         ValueError: no data, no seeds, no labels, no ablation, or a model in which nothing can be dropped.
     """
-    dataset = trainer.eval_dataset if dataset is None else dataset
-    if isinstance(dataset, Mapping):
-        curves = [
-            ablation_curve(trainer, one, drops=drops, crops=crops, seeds=seeds, model_name=f"{_name(trainer)}, {name}")
-            for name, one in dataset.items()
-        ]
-        return pd.concat(curves, ignore_index=True)
+    name, dataset = model_name or _folder_name(trainer), trainer.eval_dataset if dataset is None else dataset
     if dataset is None or not seeds:
         missing = "no data: pass a dataset" if dataset is None else "no seeds: pass one or more"
         raise ValueError(f"an ablation curve needs examples and seeds; there are {missing}.")
-    plans = _plans(trainer, dataset, drops, crops)
-    if not plans:
-        raise ValueError(f"there is no ablation to measure: {drops} drops and no crops; ask for 1 drop or more.")
-    runs = [(ablation, levels, seed) for ablation, levels in plans.items() for seed in seeds]
+    named = {f", {key}": (one, f"eval_{key}") for key, one in dataset.items()} if isinstance(dataset, Mapping) else {}
     rows = []
-    for ablation, levels, seed in tqdm(runs, "ablation curve", disable=trainer.args.disable_tqdm):
-        measured = [_evaluated(trainer, dataset, level, levels[-1], seed) for level in levels]
-        shares = _violations_of(measured)
-        for number, ((metrics, _, _), violated) in enumerate(zip(measured, shares, strict=True)):
-            labelled = int((measured[0][2] > 0).any(1).sum())
-            row = {"ablation": ablation, "level": number, "seed": seed, "examples": labelled}
-            rows.append({**row, "loss": metrics.pop("loss"), "violations": violated, **metrics})
-    return pd.DataFrame([{"model": model_name or _name(trainer), **row} for row in rows])
+    for suffix, (one, prefix) in (named or {"": (dataset, "eval")}).items():
+        kinds = _measured_kinds(trainer, one, drops, crops)
+        if not kinds:
+            raise ValueError(f"there is no ablation to measure: {drops} drops and no crops; ask for 1 drop or more.")
+        rows += [{"model": f"{name}{suffix}", **row} for row in _rows(trainer, one, prefix, kinds, seeds)]
+    return pd.DataFrame(rows)
 
 
-def _plans(trainer: Any, dataset: Any, drops: int | None, crops: int | None) -> dict[str, list[tuple[int, ...]]]:
-    """For each kind of ablation its name and the levels that are measured, all other kinds at 0."""
-    step = trainer.comparative_step()
-    plans = {}
-    for number, kind in enumerate(step.kinds):
-        trained = step.variants[-1].levels[number]
+def _measured_kinds(
+    trainer: Any, dataset: Any, drops: int | None, crops: int | None
+) -> dict[str, tuple[Ablation, int]]:
+    """The kinds of ablation that are measured, crops last, by name; each with the most levels."""
+    trained: Counter[Any] = Counter(trainer.ablations if trainer.num_ablations else [])
+    kinds = sorted(trained, key=lambda kind: isinstance(kind, CmpCrop))  # otherwise in their order
+    if drops is not None or all(isinstance(kind, CmpCrop) for kind in kinds):
+        kinds = kinds if _has(CmpDrop, kinds) else [getattr(trainer.args, "cmp_drop", CmpDrop()), *kinds]
+    if crops is not None and not _has(CmpCrop, kinds):
+        kinds = [*kinds, getattr(trainer.args, "cmp_crop", CmpCrop())]
+    measured: dict[str, tuple[Ablation, int]] = {}
+    for kind in kinds:
+        name, most = kind.name, trained[kind]
         if isinstance(kind, CmpDrop):
-            name, most = "drops", len(kind.rates) if kind.rates else max(3, trained)
-            most = most if drops is None else drops
+            most = len(kind.rates) if kind.rates else max(3, most)
+            name, most = "drops", most if drops is None else drops
         elif isinstance(kind, CmpCrop):
             name, most = "crops", _most_segments(dataset) if crops is None else crops
-        else:
-            name, most = kind.name, trained
         if most:
-            plans[name] = [tuple(level * (k == number) for k in range(len(step.kinds))) for level in range(1 + most)]
-    return plans
+            measured[name if name not in measured else f"{name} {len(measured) + 1}"] = (kind, most)
+    return measured
 
 
-def _evaluated(
-    trainer: Any, dataset: Any, level: tuple[int, ...], most: tuple[int, ...], seed: int
-) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Metrics, losses and weights `(examples, parts)` of the Trainer's own evaluation at a level of ablation."""
-    evaluation = trainer.ablated_evaluation(level, most, seed)
-    with_metrics = _measures_metrics(trainer)
-    output = evaluation.run(dataset, prediction_loss_only=not with_metrics)
+def _has(kind: type, ablations: Sequence[Ablation]) -> bool:
+    return any(isinstance(one, kind) for one in ablations)
+
+
+def _rows(
+    trainer: Any, dataset: Any, prefix: str, kinds: Mapping[str, tuple[Ablation, int]], seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a curve; the full model is measured once."""
+    step = trainer.measuring_step([kind for kind, _ in kinds.values()])
+    none = (0,) * len(kinds)
+    number = 1 + len(seeds) * sum(most for _, most in kinds.values())
+    with tqdm(total=number, desc="ablation curve", disable=trainer.args.disable_tqdm) as progress:
+
+        def measure(levels: tuple[int, ...], most: tuple[int, ...], seed: int) -> Measured:
+            measured = _measured(trainer.ablated_evaluation(step, levels, most, seed), dataset, prefix)
+            progress.update()
+            return measured
+
+        full = measure(none, none, 0)
+        for place, (name, (_, most)) in enumerate(kinds.items()):
+            levels = [tuple(level * (one == place) for one in range(len(kinds))) for level in range(1 + most)]
+            for seed in seeds:
+                measured = [full, *(measure(level, levels[-1], seed) for level in levels[1:])]
+                shares = _in_violation([one.losses for one in measured], full.weights)
+                for level, (one, share) in enumerate(zip(measured, shares, strict=True)):
+                    row = {"ablation": name, "level": level, "seed": seed, "examples": one.examples}
+                    metrics = {key: value for key, value in one.metrics.items() if key != "loss"}
+                    yield {**row, "loss": one.metrics["loss"], IN_VIOLATION: share, **metrics}
+
+
+class Measured(NamedTuple):
+    """An evaluation: its metrics, and losses and weights of the examples, `(examples, parts)` each."""
+
+    metrics: dict[str, float]
+    losses: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def examples(self) -> int:
+        """How many examples have a label."""
+        return int((self.weights > 0).any(1).sum())
+
+
+def _measured(evaluation: Any, dataset: Any, prefix: str) -> Measured:
     metrics = {
-        name.removeprefix("eval_"): float(value)
-        for name, value in output.metrics.items()
+        name.removeprefix(f"{prefix}_"): float(value)
+        for name, value in evaluation.run(dataset, prefix).metrics.items()
         if isinstance(value, int | float | np.number) and not name.endswith(_TIMINGS)
     }
-    losses, weights = evaluation.losses
-    return metrics, losses, weights
+    return Measured(metrics, *evaluation.losses)
 
 
-def _violations_of(measured: Sequence[tuple[Any, np.ndarray, np.ndarray]]) -> np.ndarray:
+def _in_violation(losses: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
     """Share of the labelled examples in violation at each level; an example's loss is the mean of its parts."""
-    values = np.stack([losses for _, losses, _ in measured], axis=-1)  # (examples, parts, levels)
-    present = measured[0][2] > 0
+    values, present = np.stack(losses, axis=-1), weights > 0  # (examples, parts, levels)
     labelled = present.any(1)
-    if not labelled.any():
-        raise ValueError("no example has a label; an ablation curve is made of losses, so it needs them.")
-    return violations((values * present[..., None]).sum(1)[labelled] / present.sum(1)[labelled, None])
+    means = (values * present[..., None]).sum(1)[labelled] / present.sum(1)[labelled, None]
+    return examples_in_violation(means)
 
 
-def violations(losses: np.ndarray) -> np.ndarray:
+def examples_in_violation(losses: np.ndarray) -> np.ndarray:
     """Share of examples that violate the comparison principle at each level: `(examples, levels)` -> `(levels,)`.
 
     An example violates it at level k when its loss at some level j < k is higher than at k.
 
     Examples:
-        >>> violations(np.array([[0.1, 0.2, 0.3], [0.5, 0.4, 0.6]]))
+        >>> examples_in_violation(np.array([[0.1, 0.2, 0.3], [0.5, 0.4, 0.6]]))
         array([0. , 0.5, 0. ])
     """
     highest_before = np.maximum.accumulate(losses, axis=1)[:, :-1]  # (examples, levels - 1)
@@ -157,7 +191,7 @@ def summarize(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def measures(curve: pd.DataFrame) -> list[str]:
-    """The columns that were measured: loss, violations and the metrics."""
+    """The columns that were measured: loss, examples in violation and the metrics."""
     return [column for column in curve.columns if column not in (*KEYS, "seed", "examples")]
 
 
@@ -175,7 +209,7 @@ def as_text(curve: pd.DataFrame) -> str:
 
 
 def plot_curves(curve: pd.DataFrame, metric: str | None = None, loss_unit: str | None = "nats") -> Figure:
-    """Loss, metric and violations by level, a line for each model, bars for the spread over the seeds.
+    """Loss, metric and examples in violation by level, a line for each model, bars for the spread over the seeds.
 
     Lines differ in marker, dash and lightness, so that they can be told apart in grey.
 
@@ -193,13 +227,13 @@ def plot_curves(curve: pd.DataFrame, metric: str | None = None, loss_unit: str |
         from matplotlib.ticker import MaxNLocator, PercentFormatter
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'cmp-trainer[plot]'") from error
-    metrics = [name for name in measures(curve) if name not in ("loss", "violations")]
+    metrics = [name for name in measures(curve) if name not in ("loss", IN_VIOLATION)]
     if metric is not None and metric not in metrics:
         raise ValueError(f"there is no metric {metric!r} in this curve; it has {', '.join(metrics) or 'none'}.")
-    shown = ["loss", *([metric or metrics[0]] if metrics else []), "violations"]
+    shown = ["loss", *([metric or metrics[0]] if metrics else []), IN_VIOLATION]
     labels = {
         "loss": f"task loss ({loss_unit})" if loss_unit else "task loss",
-        "violations": "examples in violation (%)",
+        IN_VIOLATION: "examples in violation (%)",
     }
     kinds = list(curve["ablation"].unique())
     figure = Figure(figsize=(3.6 * len(shown), 3.1 * len(kinds) + 0.4), dpi=110, layout="constrained")
@@ -216,7 +250,7 @@ def plot_curves(curve: pd.DataFrame, metric: str | None = None, loss_unit: str |
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(color="0.9")
             axes.spines[["top", "right"]].set_visible(False)
-            if measure == "violations":
+            if measure == IN_VIOLATION:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if curve["model"].nunique() > 1:
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
@@ -237,20 +271,10 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _measures_metrics(trainer: Any) -> bool:
-    """Whether compute_metrics takes what a single forward gives."""
-    if getattr(trainer.args, "predict_with_generate", False) or trainer.args.batch_eval_metrics:
-        logger.warning(
-            "metrics of generated text and metrics by batch are left out of ablation curves; losses are measured."
-        )
-        return False
-    return trainer.compute_metrics is not None
-
-
 def _most_segments(dataset: Any) -> int:
     """As many crops as the example with the most segments has, so that in the end every segment is gone."""
     return max(len({int(segment) for segment in row[SEGMENTS]} - {0}) for row in dataset)
 
 
-def _name(trainer: Any) -> str:
+def _folder_name(trainer: Any) -> str:
     return str(trainer.args.output_dir).rstrip("/").rpartition("/")[2]

@@ -29,7 +29,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.losses.comparative import ComparativeLoss, RegularizedLoss
-from cmp_trainer.reports.curves import measures, plot_curves, summarize
+from cmp_trainer.reports.curves import IN_VIOLATION, measures, plot_curves, summarize
 from cmp_trainer.step import bare_model
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def _curve(curve: pd.DataFrame | None) -> dict[str, Any]:
     if curve is None:
         return {"curve": None}
     columns = measures(curve)
-    shown = ["loss", *(name for name in columns if name not in ("loss", "violations")), "violations"]
+    shown = ["loss", *(name for name in columns if name not in ("loss", IN_VIOLATION)), IN_VIOLATION]
     summary = summarize(curve)
     rows = []
     for key, row in summary.iterrows():

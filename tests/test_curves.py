@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
 
-from cmp_trainer.ablations.crop import CmpCropCollator
-from cmp_trainer.reports.curves import as_text, measures, plot_curves, summarize, violations
+from cmp_trainer.ablations.crop_collator import CmpCropCollator
+from cmp_trainer.reports.curves import as_text, examples_in_violation, measures, plot_curves, summarize
 from tests.helpers import (
     SMALL,
     batch_of,
@@ -40,14 +40,14 @@ def trainer(tmp_path):
 
 @given(losses=loss_tables)
 def test_an_example_in_violation_has_a_higher_loss_at_some_lower_level(losses):
-    for level, share in enumerate(violations(losses)):
+    for level, share in enumerate(examples_in_violation(losses)):
         wrong = [any(row[j] > row[level] + 1e-6 for j in range(level)) for row in losses]
         assert share == pytest.approx(np.mean(wrong))
 
 
 @given(losses=loss_tables)
 def test_losses_in_order_violate_nothing(losses):
-    assert not violations(np.sort(losses, axis=1)).any()
+    assert not examples_in_violation(np.sort(losses, axis=1)).any()
 
 
 def test_level_0_is_what_evaluate_reports(trainer):
@@ -55,7 +55,7 @@ def test_level_0_is_what_evaluate_reports(trainer):
     full = trainer.evaluate_ablations().query("level == 0")
     assert full["loss"].tolist() == pytest.approx([evaluated["eval_loss"]] * 3, rel=1e-5)
     assert full["accuracy"].tolist() == [evaluated["eval_accuracy"]] * 3
-    assert not full["violations"].any()
+    assert not full["examples_in_violation"].any()
 
 
 @pytest.mark.parametrize("drops", [1, 2, 3])
@@ -115,7 +115,7 @@ def test_violations_of_the_curve_are_counted_over_examples(tmp_path):
         tmp_path, cmp_num_ablations=1, per_example_loss_func=lambda outputs, _: -outputs.logits.norm(dim=1)
     )
     trainer.model.classifier.weight.data.mul_(100)
-    share = trainer.evaluate_ablations(seeds=[0])["violations"]
+    share = trainer.evaluate_ablations(seeds=[0])["examples_in_violation"]
     assert (share * 32 % 1 == 0).all()
     assert 0 < share.max() <= 1
 
@@ -200,6 +200,6 @@ def test_lines_of_a_plot_differ_in_lightness_dash_and_marker(trainer):
 
 def test_an_unknown_metric_is_refused(trainer):
     curve = trainer.evaluate_ablations(seeds=[0])
-    assert measures(curve) == ["loss", "violations", "accuracy"]
+    assert measures(curve) == ["loss", "examples_in_violation", "accuracy"]
     with pytest.raises(ValueError, match="it has accuracy"):
         plot_curves(curve, metric="f1")
