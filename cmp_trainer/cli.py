@@ -59,8 +59,8 @@ def _add_curve(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "curve",
         help="measure saved models at 0 … K ablations",
-        description="Loss, metrics and violations of saved models at 0 … K cumulative drops, and at 0 … all crops "
-        "where rows carry crop_segments: a table, and with --output files and a plot.",
+        description="Loss, metrics and examples in violation of saved models at 0 … K cumulative drops, and at 0 … "
+        "all crops where rows carry crop_segments: a table, and with --output files and a plot.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a saved model, or its name on the Hub")
     parser.add_argument("--data", "--data_file", required=True, help="labelled rows: csv, tsv, json, jsonl or parquet")

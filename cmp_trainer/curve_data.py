@@ -64,7 +64,7 @@ def prepare(
     Raises:
         ValueError: columns or labels that do not fit the task; shows what was found.
     """
-    max_length = min(max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    max_length = _longest(max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
     if task == "text-classification":
         return _classification(rows, tokenizer, config, columns, max_length)
     if task == "question-answering":
@@ -72,6 +72,11 @@ def prepare(
     _require_columns(rows, ["input_ids"], task)
     collator = CmpCropCollator(tokenizer) if SEGMENTS in rows.column_names else DataCollatorWithPadding(tokenizer)
     return TaskData(rows, collator)
+
+
+def _longest(asked: int, *limits: int | None) -> int:
+    """The smallest of the lengths; models without a longest input (XLNet, T5) give None or a negative number."""
+    return min(asked, *(limit for limit in limits if limit is not None and limit > 0))
 
 
 def _classification(

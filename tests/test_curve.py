@@ -48,7 +48,15 @@ def test_models_stand_side_by_side_in_table_files_and_plot(models, data, tmp_pat
     )
     assert len(re.findall(r"^ *(baseline|comparative) +drops +[012]", out, flags=re.M)) == 6
     table = pd.read_csv(tmp_path / "to" / "x.csv")
-    assert list(table.columns[:7]) == ["model", "ablation", "level", "seed", "examples", "loss", "violations"]
+    assert list(table.columns[:7]) == [
+        "model",
+        "ablation",
+        "level",
+        "seed",
+        "examples",
+        "loss",
+        "examples_in_violation",
+    ]
     assert {"accuracy", "matthews_correlation", "f1"} <= set(table.columns)
     assert len(table) == 2 * 3 * 2 == len(json.loads((tmp_path / "to" / "x.json").read_text()))
     assert (tmp_path / "to" / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -127,7 +135,7 @@ def test_right_positions_score_100_percent(tmp_path):
         (["--columns", "text"], "needs the column 'text'; the data has sentence, label"),
         (["--names", "a"], "1 names for 2 models"),
         (["--task", "question-answering"], "needs the column 'question'"),
-        (["--dropout", "2"], "--cmp_dropout 2.0 is no dropout rate"),
+        (["--dropout", "2"], "--cmp_dropout 2.0 must be between 0 and 1"),
         (["--seeds", "0"], "--seeds 0: expected 1 or more"),
         (["--batch_size", "0"], "--batch_size 0: expected 1 or more"),
         (["--max_samples", "0"], "0 samples of data were asked for; expected 1 or more"),
