@@ -25,7 +25,12 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.forwards import Forwards
 from cmp_trainer.execution.random_state import RandomState
+from cmp_trainer.losses.comparative import minimized
+from cmp_trainer.losses.shares import deviation, read_shares
+from cmp_trainer.step import model_loss
 
 
 def main() -> None:
@@ -93,14 +98,18 @@ def timed_step(trainer: Any, model: Any, batch: dict[str, torch.Tensor], clock: 
 
 def parts_of_the_rest(trainer: Any, model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     """Seconds of each part in a step of three variants."""
-    losses, outputs = trainer._compare(model, batch, stacked=False)
-    state = RandomState.capture()
+    step = trainer.comparative_step(model)
+    state, plan, full = RandomState.capture(), step._plan, step.variants[0].levels
+    forward = Forwards(model, model_loss, step.kinds, state).run(batch, full)
+    shares = read_shares(forward, plan, batch)
+    losses = torch.stack([shares.values] * 3, -1)  # (batch, parts, 3)
     calls: dict[str, tuple[int, Callable[[], Any]]] = {
         "random state: two captures": (2, RandomState.capture),
         "random state: three restores": (3, state.restore),
-        "task losses of three variants": (3, lambda: trainer._task_losses(outputs, batch)),
-        "comparative loss": (1, lambda: trainer._reduce(trainer._objective(losses), losses.weights, None)),
-        "sums for the log": (1, lambda: trainer._train_losses.add(*losses)),
+        "shares of three variants": (3, lambda: read_shares(forward, plan, batch)),
+        "sign test": (1, lambda: deviation(shares, forward, plan)),
+        "comparative loss": (1, lambda: minimized(step.objective, losses, shares.weights)),
+        "sums for the log": (1, lambda: step.losses_log.add(losses, shares.weights)),
     }
     return {part: number * median_seconds(call, 200) for part, (number, call) in calls.items()}
 
@@ -120,8 +129,8 @@ def interception_table() -> None:
     contexts: dict[str, Callable[[], AbstractContextManager]] = {
         "none": nullcontext,
         "an empty TorchFunctionMode": EmptyMode,
-        "CmpDrop(0)": lambda: CmpDrop(0),
-        "CmpDrop(1)": lambda: CmpDrop(1),
+        "CmpDrop, no drops": lambda: Ablated([CmpDrop()], [0]),
+        "CmpDrop, one drop": lambda: Ablated([CmpDrop()], [1]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contexts}
     names, draw = list(contexts), random.Random(0)

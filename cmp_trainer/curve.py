@@ -3,8 +3,8 @@
     cmp-trainer curve runs/baseline runs/comparative --data validation.jsonl --output cola
 
 prints a table of loss, metrics and examples in violation at 0 … K drops (and 0 … all crops, where rows carry
-`crop_segments`) and writes cola.csv (every seed), cola.json and cola.png. What is measured is in reports/curves.py; how
-rows become batches and what the metrics are, in curve_data.py.
+`crop_segments`) and writes cola.csv (every seed), cola.json and cola.png. reports/curves.py says what is measured;
+curve_data.py, how rows become batches and what the metrics are.
 """
 
 import argparse

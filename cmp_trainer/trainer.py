@@ -90,6 +90,8 @@ class CmpTrainer(EvaluatesVariants, WholeCheckpoints, ReportsPushes):
         objective = self._given_objective or getattr(self.args, "cmp_objective_function", None)
         made_of = (self.ablations, objective, id(bare_model(model)))
         if self._step is None or made_of != self._made_of:
+            if hasattr(self.args, "check_cmp_arguments"):
+                self.args.check_cmp_arguments()  # a hyperparameter search changes them
             checks.check_trainer(self)
             self._step = ComparativeStep(
                 model,
@@ -194,7 +196,8 @@ class CmpTrainer(EvaluatesVariants, WholeCheckpoints, ReportsPushes):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         outputs = model(**accepted_columns(bare_model(model), inputs))
         loss = example_mean(losses_of_examples(self.per_example_loss_func, outputs, inputs))
-        if model.training and num_items_in_batch is not None and not self._divides_by_steps:
+        in_training = model.training and self.evaluation is None
+        if in_training and num_items_in_batch is not None and not self._divides_by_steps:
             loss = loss / self.current_gradient_accumulation_steps  # the Trainer counted labels and will not divide
         return (loss, outputs) if return_outputs else loss
 

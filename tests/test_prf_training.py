@@ -61,9 +61,9 @@ def collator(tokenizer, most: int, num_crops: int) -> FeedbackCollator:
 @pytest.mark.parametrize("num_crops", [0, 1, 2])
 def test_full_and_cropped_variants_have_strictly_fewer_passages_uniformly(tokenizer, num_crops):
     query = TrainingQuery(words(tokenizer, 8), feedback=[0, 1, 2, 3], positives=[5])
-    collate, crop = collator(tokenizer, 4, num_crops), CmpCrop(num_crops, "prefix", {"input_ids": 0})
+    collate, crop = collator(tokenizer, 4, num_crops), CmpCrop("prefix", {"input_ids": 0})
     batch = collate([query] * 2000)
-    counts = torch.stack([(one["input_ids"] == 3).sum(1) - 1 for one in crop(batch)], dim=1)  # (batch, 1 + crops)
+    counts = torch.stack([(one["input_ids"] == 3).sum(1) - 1 for one in crop.batches(batch, num_crops)], dim=1)  # (batch, 1 + crops)
     assert (counts.diff(dim=1) < 0).all()
     _, frequencies = counts.unique(dim=0, return_counts=True)
     subsets = {0: 5, 1: 10, 2: 10}[num_crops]  # of {0, …, 4} with 1 + num_crops members
@@ -73,7 +73,7 @@ def test_full_and_cropped_variants_have_strictly_fewer_passages_uniformly(tokeni
 
 def test_a_crop_is_a_prefix_of_the_feedback(tokenizer):
     query = TrainingQuery(words(tokenizer, 8), feedback=[0, 1, 2, 3], positives=[5])
-    full, once = CmpCrop(1, "prefix", {"input_ids": 0})(collator(tokenizer, 4, 1)([query] * 50))
+    full, once = CmpCrop("prefix", {"input_ids": 0}).batches(collator(tokenizer, 4, 1)([query] * 50), 1)
     for long, short in zip(full["input_ids"].tolist(), once["input_ids"].tolist(), strict=True):
         kept = [token for token in short if token]
         assert long[: len(kept)] == kept

@@ -31,7 +31,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 from cmp_trainer.ablations.crop_collator import CmpCropCollator
-from cmp_trainer.ablations.drop import CmpDrop, dropout_awake
+from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.checks import train_mode_except_batch_norm
+from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.scripting import (
     ModelArguments,
     load_pretrained,
@@ -110,7 +112,7 @@ def predict(
         not_for_model = ("crop_segments", "start_positions", "end_positions")
         torch.manual_seed(args.seed)
         batch = {column: value.to(model.device) for column, value in batch.items() if column not in not_for_model}
-        with torch.no_grad(), dropout_awake(model), CmpDrop(drops):
+        with torch.no_grad(), train_mode_except_batch_norm(model), Ablated([CmpDrop()], [drops]):
             outputs = model(**batch)
         starts += outputs.start_logits.float().cpu().unbind()
         ends += outputs.end_logits.float().cpu().unbind()

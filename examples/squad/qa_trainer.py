@@ -1,6 +1,6 @@
 """A trainer for extractive question answering, and an example of a trainer of your own with comparative loss.
 
-Put `CmpTrainerMixin` before `Trainer` (or any subclass of it), and whatever you override works as it would without it.
+Derive it from `CmpTrainer`, alone or beside a subclass of `Trainer`, and whatever you override works as without it.
 Here that is the evaluation: EM and F1 need all windows of a question together, and columns that the model does not
 take, so they cannot be computed from a batch, nor by `compute_metrics`, which only sees logits and labels.
 """
@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from cmp_trainer import CmpTrainerMixin
+from cmp_trainer import CmpTrainer
 
 Scorer = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
-class QuestionAnsweringTrainer(CmpTrainerMixin, Trainer):
+class QuestionAnsweringTrainer(CmpTrainer):
     """Evaluates and predicts with the answers that start and end logits stand for.
 
     Args:
