@@ -114,7 +114,7 @@ python benchmarks/model_card.py --data COLA_FOLDER --model all-MiniLM-L6-v2 --ep
 
 Both models under ablation, on the validation split:
 
-![Loss, Matthews correlation and examples in violation of both models by number of drops](images/ablation_curve_cola.png)
+![Loss, Matthews correlation and violations of both models by number of drops](images/ablation_curve_cola.png)
 
 ```text
 {table}

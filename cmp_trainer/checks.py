@@ -328,6 +328,7 @@ def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, 
     last = step.variants[-1]
     forward = forwards.run(batches[last.levels], last.levels)
     ablated, dropped = forwards.last, []
+    assert ablated is not None
 
     def note(site: Any, func: Callable, args: tuple, kwargs: dict) -> Any:
         if not ablated.is_entered and in_train_mode(func, args, kwargs) and site.own_rate(args, kwargs) > 0:
@@ -369,6 +370,7 @@ def _warn_of_differences(step: Any, forwards: Forwards, full: Any, shares: Share
                 _first_difference(first, second),
             )
             return
+    assert here is not None
     with _in_eval_mode(model):
         try:
             evaluated, in_eval = _recorded(step, forwards, full, variant)

@@ -433,7 +433,7 @@ class ComparativeStep:
         if batches is None:
             return
         self._copies = forwards.copies = checks.writes_into_inputs(forwards, batches[self.variants[0].levels], self)
-        with preserve_rng_state(forwards.start.devices):
+        with preserve_rng_state(forwards.start.devices if forwards.start is not None else ()):
             found = checks.check_first_batch(self, forwards, batches)
         if found:
             self._checked = True

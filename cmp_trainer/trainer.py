@@ -87,6 +87,7 @@ class CmpTrainer(EvaluatesVariants, WholeCheckpoints, ReportsPushes):
     def comparative_step(self, model: nn.Module | None = None) -> ComparativeStep:
         """The step that training runs, made anew where the arguments or the model have changed."""
         model = self.model if model is None else model
+        assert isinstance(model, nn.Module)
         objective = self._given_objective or getattr(self.args, "cmp_objective_function", None)
         made_of = (self.ablations, objective, id(bare_model(model)))
         if self._step is None or made_of != self._made_of:

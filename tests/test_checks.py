@@ -142,7 +142,7 @@ def test_a_users_losses_of_tokens_are_refused(tmp_path):
     def of_tokens(outputs, inputs):
         return outputs.logits[:, :1].expand(-1, 8).reshape(-1)
 
-    with pytest.raises(ValueError, match=r"returned 32 rows for a batch of 4 examples; .* over the tokens of their example first"):
+    with pytest.raises(ValueError, match=r"returned 32 rows for a batch of 4 examples; .* of their example first"):
         first_step(cmp_trainer(tmp_path, cmp_num_ablations=2, per_example_loss_func=of_tokens))
 
 

@@ -63,7 +63,8 @@ def test_full_and_cropped_variants_have_strictly_fewer_passages_uniformly(tokeni
     query = TrainingQuery(words(tokenizer, 8), feedback=[0, 1, 2, 3], positives=[5])
     collate, crop = collator(tokenizer, 4, num_crops), CmpCrop("prefix", {"input_ids": 0})
     batch = collate([query] * 2000)
-    counts = torch.stack([(one["input_ids"] == 3).sum(1) - 1 for one in crop.batches(batch, num_crops)], dim=1)  # (batch, 1 + crops)
+    crops = crop.batches(batch, num_crops)
+    counts = torch.stack([(one["input_ids"] == 3).sum(1) - 1 for one in crops], dim=1)  # (batch, 1 + crops)
     assert (counts.diff(dim=1) < 0).all()
     _, frequencies = counts.unique(dim=0, return_counts=True)
     subsets = {0: 5, 1: 10, 2: 10}[num_crops]  # of {0, …, 4} with 1 + num_crops members

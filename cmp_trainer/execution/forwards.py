@@ -103,7 +103,7 @@ def own_containers(batch: Any, copy_tensors: bool = False) -> Any:
     if isinstance(batch, Tensor):
         return batch.clone() if copy_tensors else batch
     if isinstance(batch, dict) or (isinstance(batch, Mapping) and hasattr(batch, "data")):
-        copied = copy.copy(batch)
+        copied: Any = copy.copy(batch)
         for name, value in batch.items():
             copied[name] = own_containers(value, copy_tensors)
         return copied

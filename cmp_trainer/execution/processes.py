@@ -42,4 +42,4 @@ def _moved(value: Any, device: torch.device) -> Any:
         return {key: _moved(one, device) for key, one in value.items()}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(_moved(one, device) for one in value)
-    return value.to(device) if hasattr(value, "to") else value
+    return value.to(device) if hasattr(value, "to") else value  # pyright: ignore[reportAttributeAccessIssue]

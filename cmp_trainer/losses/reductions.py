@@ -172,7 +172,7 @@ class Reductions:
         elements = func(**{**given, "reduction": "none"})
         elements = elements[None] if elements.ndim == 0 else elements
         counted = _counted(func, given)
-        return self._note(
+        return self._note(  # pyright: ignore[reportAttributeAccessIssue]
             func,
             elements,
             _scale(func, how, given, elements, counted),
@@ -197,12 +197,16 @@ class Reductions:
         elif func in _MEANS:
             scale = 1 / max(1, _count(values, dims))
         plain = lambda: func(*args, **kwargs)  # noqa: E731
-        return self._note(func, values, scale, dims, plain, keepdim=keepdim, dtype=kwargs.get("dtype"))
+        return self._note(  # pyright: ignore[reportAttributeAccessIssue]
+            func, values, scale, dims, plain, keepdim=keepdim, dtype=kwargs.get("dtype")
+        )
 
     def _declared(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         values = args[0]
         dims = tuple(range(values.ndim))
-        result = self._note(func, values, 1 / max(1, values.numel()), dims, values.mean)
+        result = self._note(  # pyright: ignore[reportAttributeAccessIssue]
+            func, values, 1 / max(1, values.numel()), dims, values.mean
+        )
         if self.noted and self.noted[-1].elements is values:
             self.noted[-1].declared = True
         return result

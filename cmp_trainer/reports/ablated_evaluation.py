@@ -230,6 +230,7 @@ class EvaluatesVariants(Trainer):
     def measuring_step(self, ablations: Sequence[Ablation]) -> ComparativeStep:
         """A step whose kinds of ablation are measured one by one; that of training is left alone."""
         check_trainer(self)
+        assert self.model is not None
         return ComparativeStep(
             self.model, ablations, processing_class=self.processing_class, data_collator=self.data_collator
         )
@@ -244,7 +245,7 @@ class EvaluatesVariants(Trainer):
         """Adds: the variants' losses in an evaluation are no part of the default objective."""
 
         def objective(metrics: dict[str, float]) -> float:
-            names = [variant.name for variant in variants_of(self.ablations)[1]] if self.num_ablations else []
+            names = [variant.name for variant in variants_of(self.ablations)[1]] if self.num_ablations else []  # pyright: ignore
             return default_compute_objective(without_variants(metrics, names))
 
         return super().hyperparameter_search(hp_space, compute_objective or objective, *args, **kwargs)
