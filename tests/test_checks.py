@@ -120,7 +120,7 @@ class FusedLoss(torch.autograd.Function):
 class FusedBert(BertForSequenceClassification):
     def forward(self, *args, labels=None, **kwargs):
         outputs = super().forward(*args, **kwargs)
-        outputs.loss = FusedLoss.apply(outputs.logits, labels)
+        outputs["loss"] = FusedLoss.apply(outputs.logits, labels)
         return outputs
 
 
