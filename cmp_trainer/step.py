@@ -91,7 +91,7 @@ class ComparativeStep:
             callable.
         forward: `sequential`, one forward a variant; `stacked`, one forward for all drop variants; `auto`, stacked
             where that was measured to be faster and was found to be right.
-        low_memory: exact gradients at the activation memory of one variant, for 1 + c more forwards.
+        low_memory: exact gradients at the activation memory of one variant, for c more forwards.
         processing_class, data_collator: the tokenizer and the data collator, which crops take their padding from.
 
     Raises:

@@ -9,9 +9,9 @@ shares), which needs one variant at a time once the derivatives are known:
     (3) when the backward of the loss arrives: for each variant, forward again from the same random state, and
         backward of its shares times their derivatives times the gradient that arrived.
 
-The second forward repeats the first, dropout masks included, so this is exact for every objective, at the price of
-1 + c more forwards. Because (3) runs inside of the loss's own backward, whatever scales the loss afterwards (a loss
-scaler, gradient accumulation, a subclass) reaches every variant.
+The second forward repeats the first, dropout masks included, so this is exact for every objective, at the price of c
+more forwards: the graph of the last variant is kept from the first time. Because (3) runs inside of the loss's own
+backward, whatever scales the loss afterwards (a loss scaler, gradient accumulation, a subclass) reaches every variant.
 """
 
 from collections.abc import Callable, Sequence
