@@ -8,8 +8,8 @@ loss and metrics are what the Trainer makes of an ablated model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer, set_seed
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import default_compute_objective
 
@@ -29,7 +30,6 @@ from cmp_trainer.checks import check_drops, check_trainer, train_mode_except_bat
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.traces import no_traces
-from cmp_trainer.losses.layouts import entries, num_rows
 from cmp_trainer.reports.curves import ablation_curve
 from cmp_trainer.reports.loss_log import LossLog
 from cmp_trainer.step import ComparativeStep, VariantLosses
@@ -64,12 +64,7 @@ class VariantsInEvaluation:
         with preserve_rng_state(devices), train_mode_except_batch_norm(model), trainer.compute_loss_context_manager():
             set_seed(trainer.args.seed)
             losses = step.losses(inputs, _loss_of(trainer))
-        rows = num_rows(inputs) or 0
-        if losses is None:  # the other processes wait for this one
-            first = next(value for _, value in entries(inputs) if isinstance(value, Tensor))
-            zeros = first.new_zeros(rows, 1, len(step.variants), dtype=torch.float32)
-            losses = (zeros, zeros[..., 0])
-        values, weights = trainer.accelerator.gather_for_metrics((losses[0], losses[1] * rows))
+        values, weights = _gathered(trainer.accelerator, losses, inputs, len(step.variants))
         self.log = self.log or LossLog([variant.name for variant in step.variants])
         self.log.add(values, weights)
 
@@ -96,19 +91,12 @@ class AblatedEvaluation:
         self._weights: list[Tensor] = []
         self._batches = 0
 
-    def run(self, dataset: Any, prefix: str = "eval") -> Any:
-        """What the Trainer's own evaluation loop returns, under ablation; the trainer is left as it was."""
-        trainer, handler = self.trainer, self.trainer.callback_handler
-        callbacks = handler.callbacks
-        # A progress bar ends with on_evaluate, which is for evaluations of the full model.
-        handler.callbacks = [one for one in callbacks if not hasattr(one, "prediction_bar")]
-        try:
-            with no_traces(trainer), shadowed(trainer, evaluation=self), preserve_rng_state():  # of data loaders
-                dataloader = trainer.get_eval_dataloader(dataset)
-                losses_only = True if trainer.compute_metrics is None else None
-                return trainer.evaluation_loop(dataloader, "Ablation", losses_only, metric_key_prefix=prefix)
-        finally:
-            handler.callbacks = callbacks
+    def run(self, dataset: Any, prefix: str = "eval") -> dict[str, float]:
+        """What the trainer's `evaluate` returns, under ablation. It is not logged, and the trainer is left as it was."""
+        trainer = self.trainer
+        with no_traces(trainer), _silenced(trainer.callback_handler), shadowed(trainer, evaluation=self):
+            with preserve_rng_state():  # of data loaders
+                return trainer.evaluate(eval_dataset=dataset, metric_key_prefix=prefix)
 
     def prediction_step(self, chain: PredictionStep, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's prediction step under ablation; the losses of the examples take another forward."""
@@ -158,6 +146,18 @@ class AblatedEvaluation:
         self._weights.append(weights.float().cpu())
 
 
+@contextmanager
+def _silenced(handler: CallbackHandler) -> Iterator[None]:
+    """Callbacks are not told of an evaluation in the body, and no progress bar begins that on_evaluate would end."""
+    callbacks = handler.callbacks
+    handler.callbacks = [one for one in callbacks if not hasattr(one, "prediction_bar")]
+    try:
+        with shadowed(handler, on_evaluate=lambda args, state, control, metrics: control):
+            yield
+    finally:
+        handler.callbacks = callbacks
+
+
 def _gathered(accelerator: Any, losses: VariantLosses | None, batch: Any, *variants: int) -> tuple[Tensor, Tensor]:
     """Losses `(batch, parts, *variants)` and weights `(batch, parts)` of the examples of all processes.
 
@@ -168,9 +168,18 @@ def _gathered(accelerator: Any, losses: VariantLosses | None, batch: Any, *varia
     parts = torch.tensor([0 if losses is None else losses.weights.shape[1]], device=device)
     parts = int(accelerator.gather(parts).max())
     if losses is None:
-        nothing = torch.zeros(rows, parts, *variants, device=device), torch.zeros(rows, parts, device=device)
-        return accelerator.gather_for_metrics(nothing)
-    return accelerator.gather_for_metrics((losses.values, losses.weights * losses.weights.shape[0]))
+        values, weights = torch.zeros(rows, parts, *variants, device=device), torch.zeros(rows, parts, device=device)
+    else:
+        values, weights = losses.values.float(), losses.weights.float() * len(losses.weights)
+    rows = len(weights)
+    totals = accelerator.gather(weights.sum().reshape(1))  # of each process
+    values, weights = accelerator.gather_for_metrics((values, weights))
+    # Rows that filled up a last batch are gone; those that stay share the weight of their number.
+    batches = [
+        batch * (total * len(batch) / (rows * batch.sum())).nan_to_num(0, 0) if len(batch) < rows else batch
+        for batch, total in zip(weights.split(rows), totals, strict=False)
+    ]
+    return values, torch.cat(batches)
 
 
 def _predict(trainer: Any, chain: PredictionStep, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
