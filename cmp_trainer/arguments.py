@@ -290,7 +290,7 @@ def _check_objective(args: CmpTrainingArguments) -> None:
 def _reject_plain_trainer(num_ablations: int, reader: Any) -> None:
     """A Trainer that compares counts its comparisons in `num_comparisons`."""
     trains = isinstance(reader, Trainer) and getattr(reader, "is_in_train", False)
-    if not trains or hasattr(reader, "num_comparisons") or hasattr(reader, "num_ablations"):
+    if not trains or hasattr(reader, "num_comparisons"):
         return
     plain = "Seq2SeqTrainer" if isinstance(reader, Seq2SeqTrainer) else "Trainer"
     raise ValueError(
