@@ -5,6 +5,7 @@ Each command is a parser and a function; what a command needs is imported when i
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,34 +26,56 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
+    from cmp_trainer.run import cmp_parser
+
     parser = commands.add_parser(
         "run",
         help="run a Hugging Face script with comparative loss",
-        description="Run a Hugging Face training script as it is, with Trainer and TrainingArguments replaced, so "
-        "that its command line understands --cmp_num_ablations and the other arguments of comparative loss.",
+        usage="cmp-trainer run [-h] script.py [--cmp_num_ablations 2 …] [the script's own arguments …]",
+        description="Run a Hugging Face training script as it is, with Trainer and TrainingArguments replaced. The "
+        "arguments of comparative loss, listed below, may stand anywhere on its command line. The script does not see "
+        "them, and they override what it or its config sets. A run that asks for ablations and compares nothing ends "
+        "with an error.",
         epilog="On several devices: accelerate launch -m cmp_trainer.cli run script.py …, or torchrun likewise.",
+        parents=[cmp_parser()],
+        formatter_class=_OneSpelling,
+        allow_abbrev=False,
     )
-    parser.add_argument("script", type=_script, help="path of the script")
+    parser.add_argument("script", help="path of the script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own command line")
     parser.set_defaults(command=_run)
 
 
-def _script(path: str) -> str:
-    if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(
-            f"{path} is no file; expected the path of a script, and after it its arguments"
-        )
-    return path
+class _OneSpelling(argparse.HelpFormatter):
+    """Shows `--cmp_margin X` and not also `--cmp-margin X`, which HfArgumentParser accepts too."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        invocation = super()._format_action_invocation(action)
+        return invocation.partition(", --cmp-")[0] if invocation.startswith("--cmp_") else invocation
 
 
 def _run(parsed: argparse.Namespace) -> None:
+    from cmp_trainer.run import NothingComparedError, UsageError, run_script
+
+    given = {name: value for name, value in vars(parsed).items() if name.startswith("cmp_")}
+    try:
+        run_script(parsed.script, parsed.arguments, given)
+    except (UsageError, NothingComparedError) as error:
+        print(f"cmp-trainer run: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            _leave_process_group()
+        raise
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Otherwise its threads may abort a process that ends before them."""
     from torch import distributed
 
-    from cmp_trainer.run import run_script
-
-    run_script(parsed.script, parsed.arguments)
     if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()  # its threads may abort a process that ends before them
+        distributed.destroy_process_group()
 
 
 def _add_curve(commands: argparse._SubParsersAction) -> None:

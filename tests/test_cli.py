@@ -6,14 +6,16 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import fields
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import transformers
 from transformers import trainer as trainer_module
 
-from cmp_trainer import cli
-from cmp_trainer.run import REPLACEMENTS, run_script
+from cmp_trainer import CmpTrainingArguments, cli
+from cmp_trainer.run import REPLACEMENTS, run_script, split_arguments
 from tests.helpers import free_port
 
 SCRIPT = Path(__file__).parent / "scripts" / "classify_text.py"
@@ -62,6 +64,8 @@ def test_without_arguments_of_comparative_loss_the_script_trains_as_before(tmp_p
 
 def state_of_this_process():
     names = {(module, name): vars(module).get(name) for module in (transformers, trainer_module) for name in CLASSES}
+    watched = [*REPLACEMENTS, *REPLACEMENTS.values(), BaseProcess]
+    names |= {(kind, name): value for kind in watched for name, value in vars(kind).items() if callable(value)}
     return names, sys.argv, sys.path[:], sys.modules["__main__"]
 
 
@@ -98,12 +102,68 @@ def test_a_bad_argument_is_refused_before_training(tmp_path):
         run(tmp_path, "--cmp_num_ablations", "2", "--cmp_num_crops", "3")
 
 
-def test_a_script_that_is_not_there_is_named(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["run", "nowhere.py"])
-    assert "error: argument script: nowhere.py is no file" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.py is no file"):
-        run_script("nowhere.py")
+def test_help_of_run_lists_the_arguments_of_comparative_loss(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    names = [field.name for field in fields(CmpTrainingArguments) if field.name.startswith("cmp_")]
+    assert all(f"  --{name}" in page for name in names)
+    assert "--cmp-" not in page
+
+
+def test_help_of_a_script_is_no_run_that_compared_nothing():
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", str(SCRIPT), "--cmp_num_ablations", "2", "--help"])
+    assert stop.value.code == 0
+
+
+def test_arguments_of_comparative_loss_may_come_before_the_script(tmp_path):
+    command = f"run --cmp_num_ablations 3 {SCRIPT} --cmp_num_ablations 1 --output_dir {tmp_path}"
+    cli.main([*command.split(), *QUIET])
+    assert "loss_ablated_2" not in json.loads((tmp_path / "found.json").read_text())["logs"][0]
+
+
+NOT_STARTED = {
+    "nowhere.py": "nowhere.py is not a file; give the path of a Python script",
+    "train.sh": "train.sh is not a Python script; give the .py file that trains",
+    "config.yaml": "config.yaml is not a Python script; give the .py file that trains",
+    "shell": "shell is not a Python script",
+    "script.py --cmp_num_ablation 2": "--cmp_num_ablation is not an argument of comparative loss; "
+    "did you mean --cmp_num_ablations?",
+    "script.py --cmp-num-ablation=2": "did you mean --cmp_num_ablations?",
+    "script.py --cmp_num_abl 2": "did you mean --cmp_num_ablations?",
+    "script.py --cmp_speed 2": "cmp-trainer run --help lists them",
+    "script.py --cmp_num_ablations two": "invalid int value: 'two'",
+    "script.py --cmp_ranking pairwize": "invalid choice: 'pairwize'",
+}
+
+
+@pytest.mark.parametrize("words", NOT_STARTED)
+def test_what_cannot_run_is_an_error_of_one_line_before_anything_runs(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.sh", "config.yaml"):
+        Path(name).write_text("learning_rate: 1\n")
+    Path("shell").write_text("#!/bin/sh\nexit 0\n")
+    Path("script.py").write_text("raise RuntimeError('it ran')\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", *words.split()])
+    (message,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert message.startswith("cmp-trainer run: error: ")
+    assert NOT_STARTED[words] in message
+
+
+def test_a_script_without_a_suffix_runs_if_its_first_line_names_python(tmp_path):
+    script = tmp_path / "train"
+    script.write_text("#!/usr/bin/env python3\nanswer = 42\n")
+    assert run_script(str(script))["answer"] == 42
+
+
+def test_values_of_other_arguments_are_left_alone():
+    given, rest = split_arguments(["config.json", "--cmp_low_memory", "--prompt", "--cmp_x is", "-1", "--", "--lr"])
+    assert given == {"cmp_low_memory": True}
+    assert rest == ["config.json", "--prompt", "--cmp_x is", "-1", "--", "--lr"]
 
 
 def subprocess_of(command, output_dir):
