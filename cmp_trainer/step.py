@@ -386,8 +386,8 @@ class ComparativeStep:
         if found is None:
             return True
         if found.device.type == "cpu":
-            return not found > tolerance(forward.loss)
-        found = found / tolerance(forward.loss)
+            return not found > tolerance(forward)
+        found = found / tolerance(forward)
         self._deviation = found if self._deviation is None else torch.maximum(self._deviation, found)
         if self._batches_seen % _CHECK_EVERY == _CHECK_EVERY - 1:
             self._check_deviation()

@@ -8,7 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    EvalPrediction,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from cmp_trainer import cli
 from cmp_trainer.curve_data import prepare
@@ -100,6 +107,17 @@ def test_answers_to_questions_are_scored_as_text(tmp_path, capsys):
     ]
     out = curve(capsys, model, "--data", write(tmp_path / "qa.jsonl", rows), "--seeds", "1")
     assert "exact_match" in out
+
+
+def test_a_model_without_a_longest_input_is_measured(data, tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
+    XLNetForSequenceClassification(XLNetConfig(**sizes)).save_pretrained(tmp_path / "xlnet")
+    tokenizer = letter_tokenizer()
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
+    tokenizer.save_pretrained(tmp_path / "xlnet")
+    out = curve(capsys, str(tmp_path / "xlnet"), "--data", data, "--seeds", "1", "--drops", "1")
+    assert re.findall(r"xlnet +drops +(\d)", out) == ["0", "1"]
 
 
 def test_losses_of_a_regression_are_not_counted_in_nats(models, data, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Ablation curves: what is measured equals what it says, and measuring leaves no trace."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
-from transformers import BertConfig, BertForQuestionAnswering, TrainingArguments
+from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainerCallback, TrainingArguments
 
+from cmp_trainer import CmpDrop, CmpTrainer
+from cmp_trainer.ablations import Ablation
 from cmp_trainer.ablations.crop_collator import CmpCropCollator
 from cmp_trainer.reports.curves import as_text, examples_in_violation, measures, plot_curves, summarize
 from tests.helpers import (
@@ -50,12 +54,190 @@ def test_losses_in_order_violate_nothing(losses):
     assert not examples_in_violation(np.sort(losses, axis=1)).any()
 
 
-def test_level_0_is_what_evaluate_reports(trainer):
+class ScheduleFree(torch.optim.SGD):
+    """Trains other weights than it evaluates, as schedule-free optimizers do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.is_training = True
+
+    def train(self):
+        self._move(not self.is_training, +0.1)
+
+    def eval(self):
+        self._move(self.is_training, -0.1)
+
+    @torch.no_grad()
+    def _move(self, moves, by):
+        if moves:
+            self.is_training = by > 0
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter += by
+
+
+class Logits(Trainer):
+    """A prediction step that calls the model by itself."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        return 2 * outputs.loss, 3 * outputs.logits, inputs["labels"]
+
+
+class CmpLogits(Logits, CmpTrainer):
+    pass
+
+
+class Evaluates(CmpTrainer):
+    """An evaluation with a metric of its own, as the trainer of Hugging Face's question answering scripts has."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return {**metrics, f"{metric_key_prefix}_exact_match": 100 * metrics[f"{metric_key_prefix}_accuracy"]}
+
+
+def assert_level_0_is_evaluate(trainer, **settings):
+    """Every measure that evaluate reports stands in the curve, to the bit."""
     evaluated = trainer.evaluate()
-    full = trainer.evaluate_ablations().query("level == 0")
-    assert full["loss"].tolist() == pytest.approx([evaluated["eval_loss"]] * 3, rel=1e-5)
-    assert full["accuracy"].tolist() == [evaluated["eval_accuracy"]] * 3
+    curve = trainer.evaluate_ablations(seeds=[0, 1], **settings)
+    full = curve.query("level == 0")
+    found = [name for name in measures(curve) if name != "examples_in_violation"]
+    assert {"loss", "accuracy"} <= set(found)
+    for name in found:
+        assert full[name].tolist() == [evaluated[f"eval_{name}"]] * len(full)
     assert not full["examples_in_violation"].any()
+    assert curve.query("level == 1")["loss"].nunique() == 2
+    return curve
+
+
+def test_level_0_is_what_evaluate_reports(trainer):
+    assert_level_0_is_evaluate(trainer)
+
+
+@pytest.mark.parametrize("rows", [10, 32])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True},
+        {"bf16_full_eval": True},
+        {"label_smoothing_factor": 0.1},
+        {"cmp_eval_ablations": True},
+        {"eval_do_concat_batches": False, "compute_metrics": lambda _: {"accuracy": 0.5}},
+        {"kind": CmpLogits},
+        {"kind": Evaluates},
+    ],
+    ids=str,
+)
+def test_level_0_is_what_evaluate_reports_however_it_evaluates(settings, rows, tmp_path):
+    data = token_data(rows=rows)
+    settings = {"cmp_num_ablations": 1, "compute_metrics": accuracy, **settings}
+    assert_level_0_is_evaluate(cmp_trainer(tmp_path, data=data, **settings), drops=1)
+
+
+def test_a_curve_has_the_weights_that_a_schedule_free_optimizer_evaluates_with(tmp_path):
+    data, model = token_data(), tiny_bert()
+    args = training_arguments(tmp_path, cmp_num_ablations=1, max_steps=2)
+    optimizer = ScheduleFree(model.parameters(), lr=0.1)
+    trainer = CmpTrainer(
+        model, args, train_dataset=data, eval_dataset=data, compute_metrics=accuracy, optimizers=(optimizer, None)
+    )
+    trainer.train()
+    trainer.optimizer.train()
+    curve = trainer.evaluate_ablations(drops=1, seeds=[0])
+    trainer.optimizer.train()
+    in_train_mode = trainer.model.eval()(**batch_of(data, range(32))).loss.item()
+    full = curve["loss"][0]
+    assert full == trainer.evaluate()["eval_loss"]
+    assert full != pytest.approx(in_train_mode, rel=1e-3)
+
+
+def test_a_prediction_step_of_ones_own_runs_under_ablation(tmp_path):
+    """Its logits, from which accuracy is computed, are those of a model with dropout; its loss is its own."""
+
+    def mean_logit(prediction):
+        return {"mean_logit": float(prediction.predictions.mean())}
+
+    curves = [
+        cmp_trainer(tmp_path, kind=kind, cmp_num_ablations=1, compute_metrics=mean_logit).evaluate_ablations(seeds=[0])
+        for kind in (CmpLogits, CmpTrainer)
+    ]
+    assert curves[0]["mean_logit"].nunique() == 4
+    assert curves[0]["loss"].tolist() == pytest.approx((2 * curves[1]["loss"]).tolist(), rel=1e-6)
+    assert curves[0]["mean_logit"].tolist() == pytest.approx((3 * curves[1]["mean_logit"]).tolist(), rel=1e-5)
+    assert curves[0]["examples_in_violation"].tolist() == curves[1]["examples_in_violation"].tolist()
+
+
+def test_several_data_sets_have_a_curve_each(tmp_path):
+    trainer = cmp_trainer(tmp_path / "mine", cmp_num_ablations=1)
+    parts = {"a": token_data(rows=4), "b": token_data(rows=12)}
+    curve = trainer.evaluate_ablations(parts, drops=1, seeds=[0])
+    assert curve["model"].tolist() == ["mine, a"] * 2 + ["mine, b"] * 2
+    assert curve["examples"].tolist() == [4, 4, 12, 12]
+    for name, data in parts.items():
+        alone = trainer.evaluate_ablations(data, drops=1, seeds=[0], model_name=f"mine, {name}")
+        found = curve[curve["model"] == f"mine, {name}"].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, alone)
+        assert alone["loss"][0] == trainer.evaluate(data)["eval_loss"]
+    trainer.eval_dataset = parts
+    named = trainer.evaluate_ablations(drops=1, seeds=[0], model_name="other")
+    assert named["model"].tolist() == ["other, a"] * 2 + ["other, b"] * 2
+    evaluated = trainer.evaluate()
+    assert named.query("level == 0")["loss"].tolist() == [evaluated["eval_a_loss"], evaluated["eval_b_loss"]]
+    assert plot_curves(named).axes
+
+
+class WithoutLayer(Ablation):
+    name = "layers"
+
+    def __init__(self, model):
+        self.layers = model.bert.encoder.layer
+
+    @contextmanager
+    def context(self, level):
+        hooks = [
+            layer.register_forward_hook(lambda module, args, output: args[0] if torch.is_tensor(output) else output)
+            for layer in self.layers[len(self.layers) - level :]
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+def test_ablations_of_ones_own_appear_under_their_names(tmp_path):
+    model, data = tiny_bert(), token_data()
+    layers, args = WithoutLayer(model), training_arguments(tmp_path, TrainingArguments)
+    trainer = CmpTrainer(model, args, eval_dataset=data, ablations=[layers, CmpDrop(), layers])
+    curve = trainer.evaluate_ablations(seeds=[0, 1])
+    assert curve.groupby("ablation", sort=False)["level"].max().to_dict() == {"layers": 2, "drops": 3}
+    assert curve.query("level == 0")["loss"].nunique() == 1
+    alone = CmpTrainer(model, args, eval_dataset=data, ablations=[layers]).evaluate_ablations(seeds=[0])
+    assert alone["ablation"].unique().tolist() == ["layers"]
+    pd.testing.assert_frame_equal(alone, curve.query("ablation == 'layers' and seed == 0").reset_index(drop=True))
+    assert curve["loss"].nunique() == 1 + 2 + 3 * 2  # layers do not depend on the seed
+    both = CmpTrainer(model, args, eval_dataset=data, ablations=[layers]).evaluate_ablations(drops=1, seeds=[0])
+    assert both["ablation"].unique().tolist() == ["drops", "layers"]
+
+
+def test_nobody_is_told_of_the_evaluations_of_a_curve(tmp_path):
+    told = []
+
+    class Listens(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            told.append("evaluate")
+
+        def on_log(self, args, state, control, **kwargs):
+            told.append("log")
+
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=1, callbacks=[Listens()], disable_tqdm=False)
+    before = {name: value for name, value in vars(trainer).items()}
+    trainer.evaluate_ablations(drops=1, seeds=[0])
+    assert not told and not trainer.state.log_history
+    changed = {name for name, value in vars(trainer).items() if before.get(name) is not value}
+    assert changed <= {"curve", "control"}
+    trainer.evaluate()
+    assert told == ["log", "evaluate"]
 
 
 @pytest.mark.parametrize("drops", [1, 2, 3])

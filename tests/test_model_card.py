@@ -65,7 +65,8 @@ def test_metadata_names_model_data_and_method(trainer):
 
 
 @pytest.mark.parametrize(("about", "measured"), [({}, False), (ABOUT, True)], ids=["bare", "all that can be said"])
-def test_no_section_is_empty_and_nothing_is_a_placeholder(about, measured, trainer):
+def test_no_section_is_empty_and_nothing_is_a_placeholder(about, measured, tmp_path):
+    trainer = trained(tmp_path / "small-model", cmp_num_ablations=2, cmp_eval_ablations=measured)
     if measured:
         trainer.evaluate_ablations(seeds=[0])
     text = read(trainer, **about).text.partition("## Citation")[0]
@@ -104,6 +105,16 @@ def test_the_curve_is_shown_where_it_was_measured(trainer, tmp_path):
     assert f"| drops | 2 | {losses.mean():.4f} ± {losses.std():.4f} |" in text
     assert f"]({CURVE_IMAGE})" in text
     assert (tmp_path / "small-model" / CURVE_IMAGE).is_file()
+
+
+def test_the_two_measures_of_violation_have_names_and_explanations_of_their_own(tmp_path):
+    trainer = trained(tmp_path / "small-model", cmp_num_ablations=2, cmp_eval_ablations=True)
+    trainer.evaluate_ablations(seeds=[0])
+    text = read(trainer).text
+    assert "| violation rate |" in text and "The violation rate is the share of pairs of versions" in text
+    assert "| loss | accuracy | examples in violation |" in text and "Examples in violation are those whose" in text
+    without_rate = read(trained(tmp_path / "other", cmp_num_ablations=2)).text
+    assert "violation" not in without_rate
 
 
 def test_results_are_those_of_the_best_step_when_it_is_loaded(tmp_path):

@@ -77,7 +77,7 @@ class Stacking:
             except (Replan, KeyError):
                 return None
             off = deviation(found, forward, self.plan)
-            if off is not None and off > tolerance(forward.loss):
+            if off is not None and off > tolerance(forward):
                 return None
             pairs = zip(found.values.chunk(len(group)), found.weights.chunk(len(group)), strict=True)
             shares += [Shares(values, weights, values.new_zeros(())) for values, weights in pairs]
@@ -113,7 +113,7 @@ class Stacking:
         rows = num_rows(batch) or 0
         stacked_batch = stack(batch, self.names, len(group))
         stacked = forwards.run(stacked_batch, group[0].levels, kinds=self._with(forwards, noted))
-        precise = tolerance(stacked.loss) <= 1e-3 and stacked.loss.device.type == "cpu"
+        precise = tolerance(stacked) <= 1e-3 and stacked.loss.device.type == "cpu"
         rtol, atol = (1e-4, 1e-6) if precise else (1e-2, 1e-3)
         for number, result in enumerate(noted.results):
             each = [one[number] for one in sites if number < len(one)]

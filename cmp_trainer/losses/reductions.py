@@ -32,6 +32,7 @@ from cmp_trainer.execution.intercept import Handler
 _SKIPPED_FRAMES = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).parents[1] / "execution"))
 _MEANS = (torch.mean, Tensor.mean, torch.nanmean, Tensor.nanmean)
 _SUMS = (torch.sum, Tensor.sum, torch.nansum, Tensor.nansum)
+HALF = (torch.float16, torch.bfloat16)
 _NAN = (torch.nanmean, Tensor.nanmean, torch.nansum, Tensor.nansum)
 
 
@@ -81,6 +82,7 @@ class Reduction:
         counted: how much each element counts in a mean (0 for ignored labels, class weights); all alike where None.
         coefficient: dL/dR, of R's shape; None before it is read, and where the loss does not depend on R.
         declared: the caller said that the elements are `(batch, parts)`.
+        is_half: it was called in half precision; autocast may be on inside of the model only.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Reduction:
         self.target, self.counted = target, counted
         self.coefficient: Tensor | None = None
         self.declared = False
+        self.is_half = elements.dtype in HALF or torch.is_autocast_enabled(elements.device.type)
         self.gate, self.zero = _Gate(), torch.zeros(())
 
     @property
@@ -304,7 +307,7 @@ def _count(values: Tensor, dims: tuple[int, ...]) -> int:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def _caller() -> str:

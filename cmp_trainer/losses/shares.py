@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cmp_trainer.losses.layouts import Layout, Misfit, entries, is_label, layouts, num_rows, sum_by_rows
-from cmp_trainer.losses.reductions import Place, Reduction, Reductions
+from cmp_trainer.losses.reductions import HALF, Place, Reduction, Reductions
 
 TOLERANCE = 1e-3
 """Largest deviation in the sign test, relative to the largest gradient; half precision gets TOLERANCE_HALF."""
@@ -163,10 +163,11 @@ def deviation(shares: Shares, forward: Forward, plan: Plan) -> Tensor | None:
     return torch.stack([error.float() for error in errors]).max() if errors else None
 
 
-def tolerance(values: Tensor) -> float:
-    """What the sign test may deviate by in the arithmetic of these tensors."""
-    half = values.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(values.device.type)
-    return TOLERANCE_HALF if half else TOLERANCE
+def tolerance(forward: Forward) -> float:
+    """What the sign test may deviate by in the arithmetic of a forward."""
+    half = [one.dtype in HALF for one in (*forward.outputs, *forward.activations)]
+    half += [reduction.is_half for reduction in forward.reductions.noted]
+    return TOLERANCE_HALF if any(half) else TOLERANCE
 
 
 def make_plan(run: Callable[[Any], Forward], first: Forward, batch: Any) -> Plan:
@@ -255,7 +256,7 @@ class _Planner:
         for layout in tried:
             values = self._rows(reduction, layout)
             error = None if values is None else self._sign_error(values, reduction)
-            if error is not None and error <= tolerance(reduction.elements):
+            if error is not None and error <= tolerance(self.first):
                 return layout
         return self._crossing_layout(number, tried)
 
@@ -333,7 +334,7 @@ class _Planner:
             for together in (True, False):
                 values = _rows_of_loop(calls, self.rows, together)[0].sum(1)
                 error = self._sign_error(values)
-                if error is not None and error <= tolerance(values):
+                if error is not None and error <= tolerance(self.first):
                     self.result.loops[where] = together
                     break
 

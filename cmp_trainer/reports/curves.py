@@ -154,7 +154,7 @@ class Measured(NamedTuple):
 def _measured(evaluation: Any, dataset: Any, prefix: str) -> Measured:
     metrics = {
         name.removeprefix(f"{prefix}_"): float(value)
-        for name, value in evaluation.run(dataset, prefix).metrics.items()
+        for name, value in evaluation.run(dataset, prefix).items()
         if isinstance(value, int | float | np.number) and not name.endswith(_TIMINGS)
     }
     return Measured(metrics, *evaluation.losses)
