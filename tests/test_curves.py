@@ -150,7 +150,7 @@ def test_a_curve_has_the_weights_that_a_schedule_free_optimizer_evaluates_with(t
     in_train_mode = trainer.model.eval()(**batch_of(data, range(32))).loss.item()
     full = curve["loss"][0]
     assert full == trainer.evaluate()["eval_loss"]
-    assert full != pytest.approx(in_train_mode, rel=1e-3)
+    assert full != pytest.approx(in_train_mode, rel=1e-4)
 
 
 def test_a_prediction_step_of_ones_own_runs_under_ablation(tmp_path):
@@ -212,7 +212,7 @@ def test_ablations_of_ones_own_appear_under_their_names(tmp_path):
     curve = trainer.evaluate_ablations(seeds=[0, 1])
     assert curve.groupby("ablation", sort=False)["level"].max().to_dict() == {"layers": 2, "drops": 3}
     assert curve.query("level == 0")["loss"].nunique() == 1
-    alone = CmpTrainer(model, args, eval_dataset=data, ablations=[layers]).evaluate_ablations(seeds=[0])
+    alone = CmpTrainer(model, args, eval_dataset=data, ablations=[layers] * 2).evaluate_ablations(seeds=[0])
     assert alone["ablation"].unique().tolist() == ["layers"]
     pd.testing.assert_frame_equal(alone, curve.query("ablation == 'layers' and seed == 0").reset_index(drop=True))
     assert curve["loss"].nunique() == 1 + 2 + 3 * 2  # layers do not depend on the seed
@@ -231,11 +231,11 @@ def test_nobody_is_told_of_the_evaluations_of_a_curve(tmp_path):
             told.append("log")
 
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=1, callbacks=[Listens()], disable_tqdm=False)
-    before = {name: value for name, value in vars(trainer).items()}
+    before = dict(vars(trainer))
     trainer.evaluate_ablations(drops=1, seeds=[0])
     assert not told and not trainer.state.log_history
     changed = {name for name, value in vars(trainer).items() if before.get(name) is not value}
-    assert changed <= {"curve", "control"}
+    assert changed <= {"curve", "control", "gather_function"}
     trainer.evaluate()
     assert told == ["log", "evaluate"]
 

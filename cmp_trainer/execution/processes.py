@@ -30,7 +30,7 @@ def agreed_batch(batch: Any, is_usable: bool, device: torch.device) -> Any:
     if not any(usable):
         return None
     source = usable.index(True)
-    sent = [batch if distributed.get_rank() == source else None]
+    sent = [_moved(batch, torch.device("cpu")) if distributed.get_rank() == source else None]
     distributed.broadcast_object_list(sent, src=source)
     return _moved(sent[0], device)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -92,11 +92,14 @@ class AblatedEvaluation:
         self._batches = 0
 
     def run(self, dataset: Any, prefix: str = "eval") -> dict[str, float]:
-        """What the trainer's `evaluate` returns, under ablation. It is not logged, and the trainer is left as it was."""
+        """What the trainer's `evaluate` returns, under ablation; not logged, and the trainer is left as it was."""
         trainer = self.trainer
-        with no_traces(trainer), _silenced(trainer.callback_handler), shadowed(trainer, evaluation=self):
-            with preserve_rng_state():  # of data loaders
-                return trainer.evaluate(eval_dataset=dataset, metric_key_prefix=prefix)
+        with ExitStack() as stack:
+            stack.enter_context(no_traces(trainer))
+            stack.enter_context(_silenced(trainer.callback_handler))
+            stack.enter_context(shadowed(trainer, evaluation=self))
+            stack.enter_context(preserve_rng_state())  # of data loaders
+            return trainer.evaluate(eval_dataset=dataset, metric_key_prefix=prefix)
 
     def prediction_step(self, chain: PredictionStep, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's prediction step under ablation; the losses of the examples take another forward."""
