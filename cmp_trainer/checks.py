@@ -24,7 +24,7 @@ from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.compiled import backends
 from cmp_trainer.execution.forwards import Forwards, own_containers, versions
 from cmp_trainer.execution.intercept import Intercept
-from cmp_trainer.execution.one_forward import inner_model
+from cmp_trainer.execution.one_forward import inner_model, is_data_parallel
 from cmp_trainer.execution.processes import num_processes
 from cmp_trainer.execution.random_state import RandomState
 from cmp_trainer.execution.stacked import CannotStack
@@ -236,6 +236,7 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
         if shares is None:
             return False
         check_finite(forward.loss)
+        raise_together([_recomputed_reentrantly(step, forward.loss)])
         shares = Shares(shares.values.detach(), shares.weights, shares.rest.detach())
         del forward  # and its graph, before the next one is built
         problems = [_nothing_dropped(step, forwards, full), _nothing_ablated(step, forwards, batches)]
@@ -246,6 +247,24 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
             raise_together([_differs_without_graph(step, forwards, full, shares)])
         step._stacking = _stacking(step, forwards, batches)
     return True
+
+
+def _recomputed_reentrantly(step: Any, loss: Tensor) -> str | None:
+    """Several variants inside of one forward of DistributedDataParallel are several backwards to reentrant layers."""
+    if step.low_memory or not is_data_parallel(step.model):
+        return None
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return (
+                "reentrant gradient checkpointing allows one forward per step under DistributedDataParallel, and a "
+                "comparison has several. Pass --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'."
+            )
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
 
 
 def _nothing_dropped(step: Any, forwards: Forwards, full: Any) -> str | None:
@@ -344,6 +363,8 @@ def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, 
             Variable._execution_engine.run_backward(
                 (forward.loss,), (torch.ones_like(forward.loss),), False, False, tuple(parameters), True, False
             )
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return None  # reentrant checkpointing allows no grad(); its recomputation is inside of the ablation
     if dropped:

@@ -86,6 +86,10 @@ class Logits(Trainer):
         return 2 * outputs.loss, 3 * outputs.logits, inputs["labels"]
 
 
+def constant_accuracy(predictions):
+    return {"accuracy": 0.5}
+
+
 class CmpLogits(Logits, CmpTrainer):
     pass
 
@@ -124,11 +128,11 @@ def test_level_0_is_what_evaluate_reports(trainer):
         {"bf16_full_eval": True},
         {"label_smoothing_factor": 0.1},
         {"cmp_eval_ablations": True},
-        {"eval_do_concat_batches": False, "compute_metrics": lambda _: {"accuracy": 0.5}},
-        {"kind": CmpLogits},
-        {"kind": Evaluates},
+        {"eval_do_concat_batches": False, "compute_metrics": constant_accuracy},
+        pytest.param({"kind": CmpLogits}, id="own prediction_step"),
+        pytest.param({"kind": Evaluates}, id="own evaluate"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_level_0_is_what_evaluate_reports_however_it_evaluates(settings, rows, tmp_path):
     data = token_data(rows=rows)

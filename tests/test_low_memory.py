@@ -113,10 +113,8 @@ class CountLost(CmpTrainer):
 def test_a_loss_that_is_scaled_afterwards_is_scaled_in_every_variant(kind, tmp_path):
     settings = {"cmp_num_ablations": 2, "cmp_low_memory": True, "gradient_accumulation_steps": 2, "optim": "sgd"}
     trainer = cmp_trainer(tmp_path, kind=kind, **settings)
-    trainer.model_accepts_loss_kwargs = True  # as with transformers 5
     trainer.train()
     plain = cmp_trainer(tmp_path, kind=kind, **{**settings, "cmp_low_memory": False, "cmp_forward": "sequential"})
-    plain.model_accepts_loss_kwargs = True
     plain.train()
     torch.testing.assert_close(
         dict(trainer.model.named_parameters()), dict(plain.model.named_parameters()), rtol=1e-4, atol=1e-6

@@ -32,6 +32,12 @@ def in_one_forward(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tens
             del inner._run_ddp_forward
 
 
+def is_data_parallel(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel is wrapped around the model."""
+    with head_uncompiled(model) as inner:
+        return isinstance(inner, DistributedDataParallel)
+
+
 @contextmanager
 def inner_model(model: nn.Module) -> Iterator[nn.Module]:
     """The model inside of DistributedDataParallel and torch.compile, or `model` itself."""

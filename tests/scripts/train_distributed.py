@@ -18,12 +18,19 @@ from cmp_trainer import CmpTrainer, CmpTrainingArguments
 
 ROWS, BATCH, PROCESSES = 14, 4, 2
 ONE_AFTER_THE_OTHER = {"cmp_forward": "sequential"}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 SETTINGS = {
     "sequential": ONE_AFTER_THE_OTHER,
     "stacked": {"cmp_forward": "stacked"},
     "low memory": {"cmp_low_memory": True},
-    "gradient checkpointing": {**ONE_AFTER_THE_OTHER, "gradient_checkpointing": True},
+    "gradient checkpointing": {
+        **ONE_AFTER_THE_OTHER,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "reentrant checkpointing, low memory": {"cmp_low_memory": True, **REENTRANT},
 }
+REJECTED = {"reentrant checkpointing": {**ONE_AFTER_THE_OTHER, **REENTRANT}}
 SHARDED = {
     "sharded": {"sharded": True, **ONE_AFTER_THE_OTHER},
     "sharded, low memory": {"sharded": True, "cmp_low_memory": True},
@@ -116,6 +123,11 @@ def main() -> None:
     output_dir, *names = sys.argv[1:]
     settings = {**SETTINGS, **SHARDED}
     results = {name: train(output_dir, tokens(ROWS), 1, **settings[name]) for name in names}
+    for name, rejected in REJECTED.items():
+        try:
+            train(output_dir, tokens(ROWS), 1, **rejected)
+        except ValueError as error:
+            results[name] = str(error)
     rank = torch.distributed.get_rank()
     torch.save(results, Path(output_dir, f"rank_{rank}.pt"))
     torch.distributed.destroy_process_group()
