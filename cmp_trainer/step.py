@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -437,6 +438,23 @@ class ComparativeStep:
             found = checks.check_first_batch(self, forwards, batches)
         if found:
             self._checked = True
+            logger.info("comparative loss: %s", self._description(forwards.loss_fn))
+
+    def _description(self, loss_fn: LossFunction) -> str:
+        """What is compared, and how, in one line."""
+        plan = self._plan
+        places = sorted({f"{place.function} at {'/'.join(Path(place.line).parts[-2:])}" for place in plan.taken})
+        places += [f"{function} at {'/'.join(Path(line).parts[-2:])}, an example each" for function, line in plan.loops]
+        how = "one forward a variant"
+        if self.low_memory:
+            how += ", and one more with a graph (low memory)"
+        elif self._stacking is not None:
+            how = "one stacked forward"
+        return (
+            f"the examples' parts of the loss of {getattr(loss_fn, '__name__', type(loss_fn).__name__)} "
+            f"({'; '.join(places)}) are compared over {', '.join(variant.name for variant in self.variants)}; "
+            f"{how}; {'the rest of the loss is added once' if plan.has_rest else 'the loss has no other part'}."
+        )
 
 
 def bare_model(model: nn.Module) -> nn.Module:

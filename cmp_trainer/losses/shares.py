@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,8 @@ class Plan:
         crosses: an example's loss depends on other rows too (in-batch negatives); the sign test cannot hold.
         undecided: labels could not be exchanged (a single class in the batch), so this is to be planned again.
         has_rest: part of the loss belongs to no example.
+        averages: the weights of all reductions together are 1, as in label smoothing, where the loss is an average of
+            two; otherwise several losses were added up.
     """
 
     rows_per_example: int = 1
@@ -87,6 +89,7 @@ class Plan:
     crosses: bool = False
     undecided: bool = False
     has_rest: bool = False
+    averages: bool = False
 
     def layout(self, place: Place) -> Layout | None:
         """The layout of a reduction, None where it belongs to no example. A line that is called more often than on
@@ -109,7 +112,7 @@ def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place
     """The shares of one run, found where the plan says.
 
     Args:
-        factors: what the shares in some reductions are multiplied by, in place of 1.
+        factors: what the shares in some reductions are multiplied by, in place of 1; the rest is that without them.
 
     Raises:
         Replan: the loss went another way than on the batch that was planned on.
@@ -122,14 +125,17 @@ def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place
     rows = (num_rows(batch) or 0) // plan.rows_per_example
     active = [reduction for reduction in noted if reduction.coefficient is not None]
     columns: list[tuple[Tensor, Tensor]] = []
+    rest = forward.loss
     try:
         for reduction in active:
             layout = plan.layout(reduction.place)
             if layout is None:
                 continue
             values, weights = _rows_of(reduction, layout, rows, batch)
-            factor = 1.0 if factors is None else factors[reduction.place]
-            columns.append((values * factor, weights * factor))
+            if factors is not None:
+                rest = rest - values.sum()
+                values, weights = values * factors[reduction.place], weights * factors[reduction.place]
+            columns.append((values, weights))
         for where, together in plan.loops.items():
             calls = [reduction for reduction in active if reduction.place[:2] == where]
             columns.append(_rows_of_loop(calls, rows, together))
@@ -137,8 +143,8 @@ def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place
         raise Replan(str(misfit)) from misfit
     if not columns:
         raise Replan("no reduction that was planned for")
-    values, weights = _parts(columns, batch)
-    return Shares(values, weights.detach(), forward.loss - values.sum())
+    values, weights = _parts(columns, batch, plan.averages)
+    return Shares(values, weights.detach(), rest - values.sum() if factors is None else rest)
 
 
 def _layout_or_none(plan: Plan, reduction: Reduction) -> Layout | None:
@@ -344,6 +350,8 @@ class _Planner:
             shares = read_shares(self.first, self.result, self.batch)
         except Replan as replan:
             raise CannotCompare(_NOTHING) from replan
+        together = read_shares(self.first, replace(self.result, averages=True), self.batch).weights.sum()
+        self.result.averages = abs(float(together) - 1) < tolerance(self.first)
         loss, rest = self.first.loss.detach(), shares.rest
         self.result.has_rest = bool((rest.detach().abs() > 1e-5 * loss.abs().clamp(min=1e-12)).any())
         self._anchor_inside()
@@ -483,13 +491,15 @@ def _rows_of_loop(calls: Sequence[Reduction], rows: int, together: bool) -> tupl
     return tuple(one.reshape(shape).sum(dim).unsqueeze(1) for one in (values, weights))  # pyright: ignore
 
 
-def _parts(columns: Sequence[tuple[Tensor, Tensor]], batch: Any) -> tuple[Tensor, Tensor]:
+def _parts(columns: Sequence[tuple[Tensor, Tensor]], batch: Any, averages: bool) -> tuple[Tensor, Tensor]:
     """One part an example, the sum of its reductions; start and end of an answer are parts of their own."""
     names = dict(entries(batch))
     if len(columns) == 1 or ("start_positions" in names and "end_positions" in names):
         return torch.cat([values for values, _ in columns], 1), torch.cat([weights for _, weights in columns], 1)
     values = torch.stack([column for column, _ in columns]).sum(0)
     weights = torch.stack([column for _, column in columns])  # (reductions, rows, 1)
+    if averages:
+        return values, weights.sum(0)
     totals = weights.sum((1, 2), keepdim=True)
     shared = (weights / totals.masked_fill(totals == 0, 1)).sum(0) / (totals > 0).sum().clamp(min=1)
     return values, shared * totals.max()  # as many labels as the reduction counts that counts most
