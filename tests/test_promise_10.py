@@ -89,20 +89,34 @@ class ClassWeights(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}, {"bf16": True}], ids=str)
+WAYS = {
+    "": {},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "bf16": {"bf16": True},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "low memory": {"cmp_low_memory": True},
+}
+
+
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("plugin_first", [True, False], ids=["plugin first", "plugin last"])
 @pytest.mark.parametrize("kind", [Trainer, Focal, Penalized, ClassWeights])
 def test_every_trainer_trains_as_without_the_plugin(kind, plugin_first, settings, tmp_path):
     bases = (CmpTrainer,) if kind is Trainer else (CmpTrainer, kind) if plugin_first else (kind, CmpTrainer)
     found = []
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    plain = training_arguments(tmp_path, TrainingArguments, **settings)
+    of_trainer = {name: value for name, value in settings.items() if not name.startswith("cmp_")}
+    plain = training_arguments(tmp_path, TrainingArguments, **of_trainer)
     ours = training_arguments(tmp_path, cmp_num_ablations=2, **FULL_ALONE_ARGUMENTS, **settings)
     for trainer in (kind(tiny_bert(**no_dropout), plain), type("Cmp", bases, {})(tiny_bert(), ours)):
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 2
-        loss = trainer.training_step(trainer.model, batch_of(token_data()), torch.tensor(8))
-        found.append((loss, gradients(trainer.model)))
+        model = trainer.model
+        if settings.get("gradient_checkpointing"):
+            model.gradient_checkpointing_enable(settings["gradient_checkpointing_kwargs"])
+        loss = trainer.training_step(trainer.accelerator.prepare(model), batch_of(token_data()), torch.tensor(8))
+        found.append((loss, gradients(model)))
     if settings.get("bf16"):
         torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-2, atol=0)
         return

@@ -536,7 +536,7 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     done = subprocess.run(
-        [*launcher, f"--main_process_port={free_port()}", str(SCRIPT), str(folder), *KINDS],
+        [*launcher, f"--main_process_port={free_port()}", str(SCRIPT), str(folder), *KINDS, *distributed.FULL_ALONE],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -560,6 +560,14 @@ def test_two_processes_train_as_one_process_with_two_batches(setting, two_proces
     for result in two_processes:
         assert result[setting]["kind"] == KINDS[setting]
         torch.testing.assert_close(result[setting]["weights"], one_process["weights"])
+
+
+@pytest.mark.xdist_group("two processes")
+def test_the_full_loss_alone_trains_in_two_processes_as_without_the_plugin(two_processes):
+    for result in two_processes:
+        ours, plain = (result[name]["weights"] for name in ("full alone", "without the plugin"))
+        torch.testing.assert_close(ours, plain)
+        assert not all(torch.equal(ours[name], weight) for name, weight in distributed.tiny_model().named_parameters())
 
 
 @pytest.mark.xdist_group("two processes")

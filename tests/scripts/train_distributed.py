@@ -8,11 +8,12 @@ have to end at the same weights.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
 
@@ -30,6 +31,12 @@ SETTINGS = {
     },
     "reentrant checkpointing, low memory": {"cmp_low_memory": True, **REENTRANT},
 }
+# Promise 10: both train the same weights.
+FULL_ALONE = {
+    "full alone": {"cmp_objective": "regularized", "cmp_primary": "full", "cmp_weight": 0.0},
+    "without the plugin": {"plain": True},
+}
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 REJECTED = {"reentrant checkpointing": {**ONE_AFTER_THE_OTHER, **REENTRANT}}
 SHARDED = {
     "sharded": {"sharded": True, **ONE_AFTER_THE_OTHER},
@@ -37,15 +44,26 @@ SHARDED = {
 }
 
 
-class Reseeded(CmpTrainer):
+class Reseeded:
     """Takes the data in their order and drops the same in all batches of a step."""
+
+    state: Any
+    train_dataset: Any
 
     def _get_train_sampler(self, *args):
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, *args, **kwargs):
         torch.manual_seed(100 + self.state.global_step)
-        return super().training_step(*args, **kwargs)
+        return super().training_step(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Compares(Reseeded, CmpTrainer):
+    pass
+
+
+class Plain(Reseeded, Trainer):
+    pass
 
 
 def tokens(rows: int) -> Dataset:
@@ -57,11 +75,11 @@ def tokens(rows: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
 
-def tiny_model() -> BertForTokenClassification:
+def tiny_model(**changes: float) -> BertForTokenClassification:
     """With dropout 0.1 everywhere."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
-    return BertForTokenClassification(BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes))
+    return BertForTokenClassification(BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes, **changes))
 
 
 def sharded_over_processes(model, output_dir: str):
@@ -77,9 +95,11 @@ def sharded_over_processes(model, output_dir: str):
     return type(model).from_pretrained(folder, distributed_config=config)
 
 
-def train(output_dir: str, data: Dataset, accumulate: int, sharded: bool = False, **settings):
+def train(output_dir: str, data: Dataset, accumulate: int, sharded: bool = False, plain: bool = False, **settings):
     """Two optimizer steps of plain gradient descent, then evaluations."""
-    args = CmpTrainingArguments(
+    ours = {} if plain else {"cmp_num_ablations": 2, "cmp_eval_ablations": True}
+    args = (TrainingArguments if plain else CmpTrainingArguments)(
+        **ours,
         output_dir=output_dir,
         max_steps=2,
         per_device_train_batch_size=BATCH,
@@ -94,15 +114,13 @@ def train(output_dir: str, data: Dataset, accumulate: int, sharded: bool = False
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        cmp_num_ablations=2,
-        cmp_eval_ablations=True,
         **settings,
     )
     evaluated = {"whole": tokens(4 * BATCH), "short": tokens(ROWS)}
-    model = tiny_model()
+    model = tiny_model(**(WITHOUT_DROPOUT if plain else {}))
     if sharded:
         model = sharded_over_processes(model, output_dir)
-    trainer = Reseeded(model=model, args=args, train_dataset=data, eval_dataset=evaluated)
+    trainer = (Plain if plain else Compares)(model=model, args=args, train_dataset=data, eval_dataset=evaluated)
     trainer.train()
     metrics = trainer.evaluate()
     weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
@@ -121,7 +139,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     output_dir, *names = sys.argv[1:]
-    settings = {**SETTINGS, **SHARDED}
+    settings = {**SETTINGS, **SHARDED, **FULL_ALONE}
     results = {name: train(output_dir, tokens(ROWS), 1, **settings[name]) for name in names}
     for name, rejected in REJECTED.items():
         try:
