@@ -124,6 +124,17 @@ def _attention_of_trainer(trainer: Any) -> str | None:
     return _attention(trainer.model)
 
 
+def _dropout_switched_off(trainer: Any) -> str | None:
+    """TRL's preference and reward trainers set every rate to 0, as their default."""
+    drops = [ablation for ablation in trainer.ablations if isinstance(ablation, CmpDrop)]
+    if not getattr(trainer.args, "disable_dropout", False) or all(drop.rate(0.0, 1) > 0 for drop in drops):
+        return None
+    return (
+        f"disable_dropout of {type(trainer.args).__name__} sets every dropout rate of the model to 0, so its ablated "
+        "variants would equal the full model. Set it to False, or pass --cmp_dropout 0.1 to give the sites a rate."
+    )
+
+
 TRAINER_CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _data_parallel,
     _two_loss_functions,
@@ -133,6 +144,7 @@ TRAINER_CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _low_memory_backwards,
     _parallelism,
     _attention_of_trainer,
+    _dropout_switched_off,
 )
 
 
@@ -242,6 +254,7 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
         problems = [_nothing_dropped(step, forwards, full), _nothing_ablated(step, forwards, batches)]
         problems += [_dropped_in_backward(step, forwards, batches)]
         raise_together(problems)
+        _warn_of_packing(full)
         _warn_of_differences(step, forwards, full, shares)
         if step.low_memory:
             raise_together([_differs_without_graph(step, forwards, full, shares)])
@@ -372,6 +385,19 @@ def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, 
             f"the backward of the model runs {len(dropped)} dropout calls ({dropped[0]}) again by itself, outside of "
             "torch.utils.checkpoint, where CmpDrop cannot give them the rates of their forward (reversible layers do "
             "this). Set their dropout to 0 or use another implementation of the model."
+        )
+
+
+def _warn_of_packing(full: Any) -> None:
+    """Several sequences packed into a row share its loss."""
+    positions = full.get("position_ids") if isinstance(full, Mapping) else None
+    if not isinstance(positions, Tensor) or positions.ndim != 2:
+        return
+    begins = (positions[:, 1:] == 0) & (positions[:, :-1] > 1)
+    if bool(begins.any()):
+        logger.warning(
+            "a row of the first batch holds several packed sequences (its position_ids begin anew). A row is one "
+            "example, so their losses are compared together. Leave out packing or padding_free to compare each."
         )
 
 

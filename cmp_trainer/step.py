@@ -444,7 +444,9 @@ class ComparativeStep:
         """What is compared, and how, in one line."""
         plan = self._plan
         places = sorted({f"{place.function} at {'/'.join(Path(place.line).parts[-2:])}" for place in plan.taken})
-        places += [f"{function} at {'/'.join(Path(line).parts[-2:])}, an example each" for function, line in plan.loops]
+        places += [
+            f"{function} at {'/'.join(Path(line).parts[-2:])}, an example each" for function, line in plan.loops
+        ]
         how = "one forward a variant"
         if self.low_memory:
             how += ", and one more with a graph (low memory)"

@@ -10,6 +10,7 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertLMHeadModel,
     BertModel,
     EncoderDecoderModel,
     GPT2Config,
@@ -21,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from cmp_trainer import CmpDrop, CmpTrainer, ComparativeStep, RegularizedLoss, plan
+from cmp_trainer import CmpDrop, CmpTrainer, ComparativeLoss, ComparativeStep, RegularizedLoss, plan
 from cmp_trainer.execution.ablated import Ablated
 from tests.helpers import SMALL, batch_of, cmp_trainer, gradients, tiny_bert, token_data, training_arguments
 
@@ -153,14 +154,11 @@ def test_masked_words_alone_can_have_logits():
 def test_a_decoder_may_start_with_the_padding_token():
     torch.manual_seed(0)
     encoder = BertModel(BertConfig(**SMALL))
-    from transformers import BertLMHeadModel
-
     decoder = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True, add_cross_attention=True))
     model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
     model.config.decoder_start_token_id = model.config.pad_token_id = 0
-    labels = words(seed := 6)
+    labels = words()
     labels[1, 5:] = -100
-    assert seed == len(labels)
     assert_trains_on_its_own_loss(model, {"input_ids": words(), "labels": labels})
 
 
@@ -174,7 +172,9 @@ class ShiftsItself(GPT2LMHeadModel):
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: BartForCausalLM(BartConfig(**BART)), lambda: ShiftsItself(GPT2Config(**GPT2))], ids=["bart", "own"]
+    "build",
+    [lambda: BartForCausalLM(BartConfig(**BART)), lambda: ShiftsItself(GPT2Config(**GPT2))],
+    ids=["bart", "own"],
 )
 def test_causal_models_shift_their_labels_or_do_not(build):
     torch.manual_seed(0)
@@ -412,8 +412,6 @@ def test_batch_norm_with_two_rows_and_a_baseline_under_low_memory():
         def forward(self, inputs, labels):
             logits = self.layers(inputs)
             return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-    from cmp_trainer import ComparativeLoss
 
     found = []
     batch = {"inputs": torch.randn(2, 4), "labels": torch.tensor([0, 2])}

@@ -1,13 +1,21 @@
 """What is refused or warned of when a trainer is made and on its first step."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertForPreTraining, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertForPreTraining,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
+from cmp_trainer import CmpDrop, CmpTrainer, CmpTrainingArguments, ComparativeStep
 from tests.helpers import SMALL, batch_of, cmp_trainer, tiny_bert, token_data
 
 LLAMA = {**SMALL, "num_key_value_heads": 2, "num_labels": 3, "pad_token_id": 0}
@@ -244,3 +252,24 @@ def test_checks_wait_for_a_batch_with_labels(tmp_path):
     assert not trainer.comparative_step()._checked
     trainer.compute_loss(trainer.model.train(), batch)
     assert trainer.comparative_step()._checked
+
+
+def test_packed_sequences_of_a_row_are_said_to_be_one_example(caplog):
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    ids = torch.randint(3, 40, (1, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])}
+    step = ComparativeStep(model.train(), [CmpDrop(base_rate=0.1)])
+    step(batch)
+    assert "several packed sequences" in caplog.text
+
+
+def test_disable_dropout_of_other_libraries_arguments_is_named(tmp_path):
+    @dataclass
+    class Arguments(CmpTrainingArguments):
+        disable_dropout: bool = True
+
+    args = Arguments(str(tmp_path), cmp_num_ablations=1, use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="disable_dropout of Arguments sets every dropout rate"):
+        CmpTrainer(tiny_bert(), args)
+    args.cmp_dropout = 0.1
+    CmpTrainer(tiny_bert(), args)

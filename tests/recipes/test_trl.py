@@ -191,13 +191,14 @@ def test_an_objective_can_be_passed_in_both_orders(plugin_first, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["reward", "dpo"])
-def test_dropout_switched_off_by_trl_is_an_error_at_the_first_step(name, tmp_path):
-    trainer = RECIPES[name].compared(
-        tmp_path, **COMPARED, disable_dropout=True
-    )  # the default of RewardConfig, DPOConfig
-    with pytest.raises(Exception, match=r"drop"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+def test_dropout_switched_off_by_trl_is_an_error_that_names_the_setting(name, tmp_path):
+    with pytest.raises(ValueError, match=r"disable_dropout of Cmp.*Config sets every dropout rate"):
+        RECIPES[name].compared(tmp_path, **COMPARED, disable_dropout=True)  # the default of both
+
+
+@pytest.mark.parametrize("name", ["reward", "dpo"])
+def test_cmp_dropout_gives_rates_where_trl_switched_dropout_off(name, tmp_path):
+    train(RECIPES[name].compared(tmp_path, **COMPARED, disable_dropout=True, cmp_dropout=0.1))
 
 
 each_config = pytest.mark.parametrize("config", [trl.SFTConfig, trl.RewardConfig, trl.DPOConfig])

@@ -79,7 +79,9 @@ def tiny_model(**changes: float) -> BertForTokenClassification:
     """With dropout 0.1 everywhere."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
-    return BertForTokenClassification(BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes, **changes))
+    return BertForTokenClassification(
+        BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes, **changes)
+    )
 
 
 def sharded_over_processes(model, output_dir: str):
