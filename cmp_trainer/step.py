@@ -194,10 +194,10 @@ class ComparativeStep:
     def measure(self, batch: Any, loss_fn: LossFunction, levels: tuple[int, ...]) -> tuple[Tensor, Any]:
         """The loss of a batch at a level of every kind, and VariantLosses `(batch, parts)` of its examples, None where
         nothing has a label. Runs from the random state that it finds; without a gradient."""
-        batches = {levels: batch}
+        full = self.variants[0]  # planned without an ablation
         with torch.no_grad(), inner_model(self.model) as model:
             forwards = self._forwards(model, loss_fn, RandomState.capture(self._devices(batch)))
-            plan = self._plan_of(forwards, batch, Variant("", levels), batches)
+            plan = self._plan_of(forwards, batch, full, {full.levels: batch})
             forward = forwards.run(batch, levels, only=set() if plan is None else plan.places)
             if plan is None:
                 return forward.loss, None

@@ -158,3 +158,40 @@ def test_a_loop_in_two_processes_trains_as_one_that_accumulates(setting, two_pro
     tolerance = {"rtol": 0.05, "atol": 5e-3} if setting == "bf16" else {}
     for result in two_processes:
         torch.testing.assert_close(result[setting], alone, **tolerance)
+
+
+def whole_in_place(model, backend):
+    model.compile(backend=backend)
+    return model
+
+
+def whole(model, backend):
+    return torch.compile(model, backend=backend)
+
+
+def layers(model, backend):
+    model.bert.compile(backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [whole_in_place, whole, layers], ids=lambda way: way.__name__)
+def test_a_backend_that_runs_captured_calls_again_is_rejected(compiled):
+    with pytest.raises(ValueError, match="'eager', which runs the captured dropout calls under CmpDrop a second time"):
+        ComparativeStep(compiled(tiny_bert().train(), "eager"), plan(2))
+
+
+def test_a_model_compiled_in_place_with_its_loss_is_rejected_with_the_way_out():
+    step = ComparativeStep(whole_in_place(tiny_bert().train(), "aot_eager"), plan(2))
+    with pytest.raises(ValueError, match=r"Compile `model\.base_model` in place of the model"):
+        step(batch_of(token_data()))
+
+
+@pytest.mark.parametrize("compiled", [whole, layers], ids=lambda way: way.__name__)
+def test_a_compiled_model_has_the_gradients_of_the_plain_one(compiled):
+    batch, found = batch_of(token_data()), []
+    for way in (lambda model, backend: model, compiled):
+        model = tiny_bert().train()
+        step = ComparativeStep(way(model, "aot_eager"), plan(2), forward="sequential")
+        loss, by_name = loss_and_gradients(step, model, batch)
+        found.append((loss, by_name))
+    torch.testing.assert_close(*found)

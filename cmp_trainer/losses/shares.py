@@ -76,8 +76,9 @@ class Plan:
         crosses: an example's loss depends on other rows too (in-batch negatives); the sign test cannot hold.
         undecided: labels could not be exchanged (a single class in the batch), so this is to be planned again.
         has_rest: part of the loss belongs to no example.
-        averages: the weights of all reductions together are 1, as in label smoothing, where the loss is an average of
-            two; otherwise several losses were added up.
+        averages: the weights of all reductions together are 1, so the loss is an average of several; otherwise they
+            were added up.
+        classes: how many classes each element of the uniform part of the Trainer's label smoothing was summed over.
     """
 
     rows_per_example: int = 1
@@ -90,6 +91,7 @@ class Plan:
     undecided: bool = False
     has_rest: bool = False
     averages: bool = False
+    classes: dict[Place, int] = field(default_factory=dict)
 
     def layout(self, place: Place) -> Layout | None:
         """The layout of a reduction, None where it belongs to no example. A line that is called more often than on
@@ -135,7 +137,7 @@ def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place
             if factors is not None:
                 rest = rest - values.sum()
                 values, weights = values * factors[reduction.place], weights * factors[reduction.place]
-            columns.append((values, weights))
+            columns.append((values, weights * plan.classes.get(reduction.place, 1)))
         for where, together in plan.loops.items():
             calls = [reduction for reduction in active if reduction.place[:2] == where]
             columns.append(_rows_of_loop(calls, rows, together))
@@ -288,7 +290,7 @@ class _Planner:
     def _follows_labels(self, number: int) -> bool:
         """Whether this reduction moves with the labels of the batch; True where that cannot be found out."""
         noted = self.first.reductions.noted
-        if self.moved is None or noted[number].declared or noted[number].place.line.split(":")[0].endswith(_SMOOTHING):
+        if self.moved is None or noted[number].declared or _is_smoothing(noted[number].place):
             return True
         others = self.moved.reductions.noted
         if number >= len(others) or others[number].place != noted[number].place:
@@ -352,6 +354,7 @@ class _Planner:
             raise CannotCompare(_NOTHING) from replan
         together = read_shares(self.first, replace(self.result, averages=True), self.batch).weights.sum()
         self.result.averages = abs(float(together) - 1) < tolerance(self.first)
+        self._find_smoothing()
         loss, rest = self.first.loss.detach(), shares.rest
         self.result.has_rest = bool((rest.detach().abs() > 1e-5 * loss.abs().clamp(min=1e-12)).any())
         self._anchor_inside()
@@ -367,6 +370,17 @@ class _Planner:
         pairs = [(a, b) for a, b in zip(left, moved, strict=True) if a is not None and b is not None]
         if self.moved_outputs or any(_differ(a, b, 1e-3) for a, b in pairs):
             raise CannotCompare(_REST)
+
+    def _find_smoothing(self) -> None:
+        """The Trainer's label smoothing is an average of the loss of the label and that of all classes."""
+        found = [
+            one for one in self.first.reductions.noted if one.place in self.result.taken and _is_smoothing(one.place)
+        ]
+        logits = next((one for one in self.anchors if one.ndim > 1), None)
+        if len(found) == 2 and logits is not None:
+            uniform = min(found, key=lambda one: float(one.factor.abs().mean()))
+            self.result.classes[uniform.place] = logits.shape[-1]
+            self.result.averages = True
 
     def _anchor_inside(self) -> None:
         """Where the loss passes by no output, the earliest activation by row serves to look at the rest."""
@@ -458,6 +472,10 @@ def output_tensors(outputs: Any) -> list[Tensor]:
 
 
 _INSIDE = ("hidden_state", "attentions", "past_key", "router", "cache")
+
+
+def _is_smoothing(place: Place) -> bool:
+    return place.line.split(":")[0].endswith(_SMOOTHING)
 
 
 def _rows_of(reduction: Reduction, layout: Layout, rows: int, batch: Any) -> tuple[Tensor, Tensor]:
