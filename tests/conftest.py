@@ -19,8 +19,9 @@ def environment_of_its_own():
     """transformers 4 leaves bf16 and torch_compile in the environment, where every later trainer finds them."""
     before = dict(os.environ)
     yield
-    os.environ.clear()
-    os.environ.update(before)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 @pytest.fixture(autouse=True)

@@ -349,12 +349,13 @@ def test_learned_weights_of_several_losses_are_kept():
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-6)
 
 
-def test_in_batch_negatives_are_compared_and_that_is_said(caplog):
+@pytest.mark.parametrize("left_over", [{}, {"labels": torch.tensor([0, 1, 2, 0, 1, 2])}], ids=["", "unused labels"])
+def test_in_batch_negatives_are_compared_and_that_is_said(left_over, caplog):
     def loss_fn(model, given):
         anchors, positives = model(given["inputs"]), model(given["inputs"] * 1.1)
         return F.cross_entropy(anchors @ positives.T, torch.arange(len(anchors)))
 
-    given = {"inputs": batch()["inputs"]}
+    given = {"inputs": batch()["inputs"], **left_over}
     _, loss, found = losses_seen(loss_fn, given)
     own_loss, own = expected_of(loss_fn, given)
     torch.testing.assert_close(loss, own_loss)
