@@ -82,7 +82,9 @@ class CmpTrainer(EvaluatesVariants, WholeCheckpoints, ReportsPushes):
     @property
     def ablations(self) -> list[Ablation]:
         """The ablations as the arguments say now (a hyperparameter search changes them)."""
-        return list(self._given_ablations) if self._given_ablations is not None else self.args.cmp_ablations
+        if self._given_ablations is not None:
+            return list(self._given_ablations)
+        return self.args.cmp_ablations if self.num_ablations else []
 
     def comparative_step(self, model: nn.Module | None = None) -> ComparativeStep:
         """The step that training runs, made anew where the arguments or the model have changed."""

@@ -8,6 +8,7 @@ os.environ.setdefault("WANDB_DISABLED", "true")
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import settings
 
 settings.register_profile("cmp_trainer", max_examples=25, deadline=None)
@@ -22,6 +23,13 @@ def environment_of_its_own():
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code_of_other_tests():
+    """What torch.compile keeps is dropped while the models that it was made for are alive."""
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
