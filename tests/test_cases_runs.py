@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from cmp_trainer import CmpDrop, ComparativeStep, RegularizedLoss, plan
 from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
@@ -140,7 +140,11 @@ def test_the_number_of_ablations_may_change_between_two_logs(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cmp_low_memory": True, "ddp_static_graph": True}, "--ddp_static_graph"),
+        pytest.param(
+            {"cmp_low_memory": True, "ddp_static_graph": True},
+            "--ddp_static_graph",
+            marks=pytest.mark.skipif(not hasattr(TrainingArguments, "ddp_static_graph"), reason="of transformers 5"),
+        ),
         ({"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True}, "recompute"),
     ],
     ids=str,

@@ -144,7 +144,8 @@ def test_ablations_switched_on_under_checkpointing_are_exact(tmp_path):
             args.cmp_num_ablations = 2
 
     runs = []
-    for settings in ({}, {"gradient_checkpointing": True}):
+    checkpointed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    for settings in ({}, checkpointed):
         trainer = cmp_trainer(tmp_path, tiny_bert(), cmp_num_ablations=0, callbacks=[FromStepTwo()], **settings)
         trainer.train()
         assert "loss_ablated_2" in trainer.state.log_history[-2]

@@ -115,6 +115,7 @@ def test_gradient_checkpointing_leaves_the_model_as_trainer_does(fails, tmp_path
         {"gradient_checkpointing": True},
         {"bf16": True},
         {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"bf16": True, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=str,
 )

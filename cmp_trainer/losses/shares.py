@@ -584,7 +584,12 @@ def _row_deviation(whole: Tensor, weighted: Tensor, weights: Tensor) -> Tensor |
 def _gradients(value: Tensor, at: Sequence[Tensor]) -> list[Tensor | None]:
     if not at or not value.requires_grad:
         return [None] * len(at)
-    return list(torch.autograd.grad(value, list(at), retain_graph=True, allow_unused=True))
+    try:
+        return list(torch.autograd.grad(value, list(at), retain_graph=True, allow_unused=True))
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        return [None] * len(at)  # a reentrant checkpoint lies between, through which no gradient can be asked for
 
 
 def _has_rows(tensor: Tensor, rows: int) -> bool:
