@@ -42,7 +42,9 @@ class ChainLoss:
         owners = [kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
         # Code of others may look at the whole batch, or keep what it finds.
         self.stackable = [kind.__module__ for kind in owners] == ["cmp_trainer.trainer", "transformers.trainer"]
-        self.__name__ = f"{type(trainer).__name__}.compute_loss, of {', '.join(kind.__name__ for kind in owners)}"
+        self.__name__ = (
+            f"{type(trainer).__name__}.compute_loss (through {', '.join(kind.__name__ for kind in owners)})"
+        )
 
     def begin(self) -> None:
         """The step's own runs begin; what was run before were checks."""

@@ -248,10 +248,10 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
         if shares is None:
             return False
         check_finite(forward.loss)
-        raise_together([_recomputed_reentrantly(step, forward.loss)])
+        problems = [_recomputed_reentrantly(step, forward.loss)]
         shares = Shares(shares.values.detach(), shares.weights, shares.rest.detach())
         del forward  # and its graph, before the next one is built
-        problems = [_nothing_dropped(step, forwards, full), _nothing_ablated(step, forwards, batches)]
+        problems += [_nothing_dropped(step, forwards, full), _nothing_ablated(step, forwards, batches)]
         problems += [_dropped_in_backward(step, forwards, batches)]
         raise_together(problems)
         _warn_of_packing(full)
@@ -274,7 +274,8 @@ def _recomputed_reentrantly(step: Any, loss: Tensor) -> str | None:
         if node.name() == "CheckpointFunctionBackward":
             return (
                 "reentrant gradient checkpointing allows one forward per step under DistributedDataParallel, and a "
-                "comparison has several. Pass --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'."
+                "comparison has several. Pass --gradient_checkpointing_kwargs '{\"use_reentrant\": false}', or "
+                "--cmp_low_memory."
             )
         seen.add(node)
         nodes += [parent for parent, _ in node.next_functions]
@@ -308,7 +309,7 @@ def check_drops(step: Any, batch: Any, loss_fn: Callable[..., Tensor]) -> None:
         ValueError: it makes none; says why.
     """
     with inner_model(step.model) as model:
-        forwards = step._forwards(model, loss_fn, RandomState.capture(step._devices(batch)))
+        forwards = step._forwards(model, loss_fn, RandomState.capture(step.devices(batch)))
         raise_together([_nothing_dropped(step, forwards, batch)])
 
 
@@ -397,7 +398,8 @@ def _warn_of_packing(full: Any) -> None:
     if bool(begins.any()):
         logger.warning(
             "a row of the first batch holds several packed sequences (its position_ids begin anew). A row is one "
-            "example, so their losses are compared together. Leave out packing or padding_free to compare each."
+            "example, so their losses are compared together. To compare each sequence, turn packing and padding_free "
+            "off."
         )
 
 

@@ -174,7 +174,7 @@ class ComparativeStep:
 
     def losses(self, batch: Any, loss_fn: LossFunction | None = None, variants: Sequence[Variant] | None = None):
         """VariantLosses of a batch without a gradient, of all variants by default; the random state is unchanged."""
-        loss_fn, devices = loss_fn or model_loss, self._devices(batch)
+        loss_fn, devices = loss_fn or model_loss, self.devices(batch)
         variants = self.variants if variants is None else variants
         with preserve_rng_state(devices), torch.no_grad(), inner_model(self.model) as model:
             batches = self._batches(batch, variants)
@@ -196,7 +196,7 @@ class ComparativeStep:
         nothing has a label. Runs from the random state that it finds; without a gradient."""
         full = self.variants[0]  # planned without an ablation
         with torch.no_grad(), inner_model(self.model) as model:
-            forwards = self._forwards(model, loss_fn, RandomState.capture(self._devices(batch)))
+            forwards = self._forwards(model, loss_fn, RandomState.capture(self.devices(batch)))
             plan = self._plan_of(forwards, batch, full, {full.levels: batch})
             forward = forwards.run(batch, levels, only=set() if plan is None else plan.places)
             if plan is None:
@@ -224,7 +224,7 @@ class ComparativeStep:
     # --- a step ---
 
     def _step(self, batch: Any, loss_fn: LossFunction, model: nn.Module) -> Tensor:
-        devices = self._devices(batch)
+        devices = self.devices(batch)
         with rng_restart(devices):  # where an error leaves the random state, crops included
             batches = self._batches(batch, self.variants)
             forwards = self._forwards(model, loss_fn, RandomState.capture(devices))
@@ -344,7 +344,7 @@ class ComparativeStep:
             return None
         checks.check_finite(forward.loss)
         levels = self.variants[0].levels
-        with preserve_rng_state(self._devices(batch)):
+        with preserve_rng_state(self.devices(batch)):
             try:
                 plan = make_plan(lambda other: forwards.run(other, levels, watch=True), forward, batch)
             except CannotCompare:
@@ -406,7 +406,8 @@ class ComparativeStep:
             self._is_compiled = is_compiled(model)
         return Forwards(model, loss_fn, self.kinds, start, self._copies, self._is_compiled)
 
-    def _devices(self, batch: Any) -> set[torch.device]:
+    def devices(self, batch: Any) -> set[torch.device]:
+        """The devices that a forward of this batch may draw random numbers on."""
         return devices_of(self.model, [value for _, value in entries(batch) if isinstance(value, Tensor)])
 
     def _batches(self, batch: Any, variants: Sequence[Variant]) -> dict[tuple[int, ...], Any]:
@@ -442,20 +443,15 @@ class ComparativeStep:
 
     def _description(self, loss_fn: LossFunction) -> str:
         """What is compared, and how, in one line."""
-        plan = self._plan
-        places = sorted({f"{place.function} at {'/'.join(Path(place.line).parts[-2:])}" for place in plan.taken})
-        places += [
-            f"{function} at {'/'.join(Path(line).parts[-2:])}, an example each" for function, line in plan.loops
-        ]
-        how = "one forward a variant"
-        if self.low_memory:
-            how += ", and one more with a graph (low memory)"
-        elif self._stacking is not None:
-            how = "one stacked forward"
+        calls = {place[:2] for place in self._plan.taken} | set(self._plan.loops)
+        places = sorted(f"{function} at {'/'.join(Path(line).parts[-2:])}" for function, line in calls)
+        how = "in one stacked forward" if self._stacking is not None else "in a forward each"
+        how += ", and one more with a graph (low memory)" if self.low_memory else ""
+        rest = " Another part of it belongs to no example and is added once, from the full model."
         return (
-            f"the examples' parts of the loss of {getattr(loss_fn, '__name__', type(loss_fn).__name__)} "
-            f"({'; '.join(places)}) are compared over {', '.join(variant.name for variant in self.variants)}; "
-            f"{how}; {'the rest of the loss is added once' if plan.has_rest else 'the loss has no other part'}."
+            f"comparing {', '.join(variant.name for variant in self.variants)} {how}. The loss is that of "
+            f"{getattr(loss_fn, '__name__', type(loss_fn).__name__)}, read from {'; '.join(places)}."
+            f"{rest if self._plan.has_rest else ''}"
         )
 
 

@@ -6,6 +6,7 @@ See stacked.py for what a stacked forward is.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from cmp_trainer.execution.stacked import CannotStack, NotedSites, StackedDrop, 
 from cmp_trainer.losses.layouts import Layout, entries, num_rows
 from cmp_trainer.losses.reductions import Place
 from cmp_trainer.losses.shares import Plan, Replan, Shares, deviation, read_shares, tolerance
+
+logger = logging.getLogger(__name__)
 
 STACKING_PAYS_UP_TO = 1024
 """Tokens (or numbers of an input that is not tokens) up to which one stacked forward is faster on a CPU; measured, see
@@ -59,12 +62,15 @@ class Stacking:
         check_no_batch_norm(forwards.model)
         self.names = row_names(full, num_rows(full) or 0)
         self.factors: dict[Place, float] = {}
+        self.has_rest = False  # a part of the loss that belongs to no row appeared after the first batch
         self._compare_with_single_forwards(forwards, batches, variants)
 
     def run(
         self, forwards: Forwards, batches: Mapping[tuple, Any], variants: Sequence[Variant]
     ) -> list[Shares] | None:
         """The shares of all variants, the full one first; None where this batch does not fit the plan."""
+        if self.has_rest:
+            return None
         shares: list[Shares] = []
         names = self.names & row_names(batches[variants[0].levels], num_rows(batches[variants[0].levels]) or 0)
         for group in self._groups(variants):
@@ -80,7 +86,12 @@ class Stacking:
             if off is not None and off > tolerance(forward):
                 return None
             if found.rest.detach().abs() > tolerance(forward) * forward.loss.detach().abs():
-                return None  # a part of the loss that belongs to no row, which was not there on the first batch
+                self.has_rest = True
+                logger.warning(
+                    "the loss now has a part that belongs to no example, so the variants no longer share a stacked "
+                    "forward: they run one after the other."
+                )
+                return None
             pairs = zip(found.values.chunk(len(group)), found.weights.chunk(len(group)), strict=True)
             shares += [Shares(values, weights, found.rest) for values, weights in pairs]
         return shares

@@ -301,10 +301,7 @@ class _Planner:
         if one.shape != other.shape or _differ(one, other, 1e-5):
             # Labels that are an input too (of a decoder) move everything: then only what passes by the outputs.
             return not self.moved_outputs or any(map(_nonzero, _gradients(one.sum(), self.anchors)))
-        moved_anchors = self._moved_anchors()
-        ours, theirs = _gradients(one.sum(), self.anchors), _gradients(other.sum(), moved_anchors)
-        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-        return any(_differ(a, b, 1e-3) for a, b in pairs)  # equal values of an untrained head: their gradients tell
+        return self._gradients_move(one.sum(), other.sum(), 1e-3)  # equal values of an untrained head
 
     def _crossing_layout(self, number: int, tried: Sequence[Layout]) -> Layout | None:
         """A layout by which exchanged rows exchange their elements, for losses in which rows see each other."""
@@ -368,9 +365,7 @@ class _Planner:
                 return  # asked again when there are labels to exchange
             raise CannotCompare(_REST)
         theirs = read_shares(self.moved, self.result, self._moved_batch).rest
-        moved = _gradients(theirs, self._moved_anchors())
-        pairs = [(a, b) for a, b in zip(left, moved, strict=True) if a is not None and b is not None]
-        if self.moved_outputs or any(_differ(a, b, 1e-3) for a, b in pairs):
+        if self.moved_outputs or self._gradients_move(rest, theirs, 1e-3):
             raise CannotCompare(_REST)
 
     def _find_smoothing(self) -> None:
@@ -439,12 +434,13 @@ class _Planner:
             return True
         if _differ(self.first.loss, self.moved.loss, 1e-6):
             return True
-        gradients = (
-            _gradients(self.first.loss, self.anchors),
-            _gradients(self.moved.loss, self._moved_anchors()),
-        )
-        pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
-        return any(_differ(a, b, 1e-5) for a, b in pairs)
+        return self._gradients_move(self.first.loss, self.moved.loss, 1e-5)
+
+    def _gradients_move(self, value: Tensor, moved: Tensor, relative: float) -> bool:
+        """Whether a number has another gradient at the outputs when the labels are exchanged."""
+        ours, theirs = _gradients(value, self.anchors), _gradients(moved, self._moved_anchors())
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+        return any(_differ(a, b, relative) for a, b in pairs)
 
     def _moved_anchors(self) -> list[Tensor]:
         assert self.moved is not None

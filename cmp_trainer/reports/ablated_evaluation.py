@@ -60,7 +60,7 @@ class VariantsInEvaluation:
     def _note(self, model: Any, inputs: Any) -> None:
         """Compare the variants of a batch, with masks that depend on the seed and the batch alone."""
         trainer, step = self.trainer, self.trainer.comparative_step(model)
-        devices = step._devices(inputs)
+        devices = step.devices(inputs)
         with preserve_rng_state(devices), train_mode_except_batch_norm(model), trainer.compute_loss_context_manager():
             set_seed(trainer.args.seed)
             losses = step.losses(inputs, _loss_of(trainer))
@@ -105,7 +105,7 @@ class AblatedEvaluation:
         """The Trainer's prediction step under ablation; the losses of the examples take another forward."""
         trainer, step = self.trainer, self.step
         step.model, inputs = model, trainer._prepare_inputs(inputs)
-        devices, is_full = step._devices(inputs), not any(self.levels)
+        devices, is_full = step.devices(inputs), not any(self.levels)
         with preserve_rng_state(devices), nullcontext() if is_full else train_mode_except_batch_norm(model):
             set_seed(int(np.random.SeedSequence([self.seed, self._batches]).generate_state(1)[0]))
             batch = without_segments(step.batch_at(inputs, self.levels, self.most))
