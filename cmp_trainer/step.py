@@ -446,7 +446,7 @@ class ComparativeStep:
         calls = {place[:2] for place in self._plan.taken} | set(self._plan.loops)
         places = sorted(f"{function} at {'/'.join(Path(line).parts[-2:])}" for function, line in calls)
         how = "in one stacked forward" if self._stacking is not None else "in a forward each"
-        how += ", and one more with a graph (low memory)" if self.low_memory else ""
+        how += ", run once without a graph and once with one (low memory)" if self.low_memory else ""
         rest = " Another part of it belongs to no example and is added once, from the full model."
         return (
             f"comparing {', '.join(variant.name for variant in self.variants)} {how}. The loss is that of "
