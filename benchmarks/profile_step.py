@@ -29,7 +29,8 @@ from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.forwards import Forwards
 from cmp_trainer.execution.random_state import RandomState
 from cmp_trainer.losses.comparative import minimized
-from cmp_trainer.losses.shares import deviation, read_shares
+from cmp_trainer.losses.shares import read_shares
+from cmp_trainer.losses.sign_test import deviation
 from cmp_trainer.step import model_loss
 
 

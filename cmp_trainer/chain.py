@@ -39,12 +39,18 @@ class ChainLoss:
         self.trainer, self.chain, self.kwargs, self.return_outputs = trainer, chain, kwargs, return_outputs
         self.outputs: Any = None
         self._leaves_traces, self._is_first = leaves_traces, False
-        owners = [kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)]
         # Code of others may look at the whole batch, or keep what it finds.
-        self.stackable = [kind.__module__ for kind in owners] == ["cmp_trainer.trainer", "transformers.trainer"]
-        self.__name__ = (
-            f"{type(trainer).__name__}.compute_loss (through {', '.join(kind.__name__ for kind in owners)})"
-        )
+        owners = [kind.__module__ for kind in self._owners]
+        self.stackable = owners == ["cmp_trainer.trainer", "transformers.trainer"]
+
+    @property
+    def _owners(self) -> list[type]:
+        """The classes whose compute_loss makes up the chain."""
+        return [kind for kind in type(self.trainer).__mro__ if "compute_loss" in vars(kind)]
+
+    @property
+    def __name__(self) -> str:
+        return f"{type(self.trainer).__name__}.compute_loss (of {', '.join(one.__name__ for one in self._owners)})"
 
     def begin(self) -> None:
         """The step's own runs begin; what was run before were checks."""

@@ -130,8 +130,8 @@ def _dropout_switched_off(trainer: Any) -> str | None:
     if not getattr(trainer.args, "disable_dropout", False) or all(drop.rate(0.0, 1) > 0 for drop in drops):
         return None
     return (
-        f"disable_dropout of {type(trainer.args).__name__} sets every dropout rate of the model to 0, so its ablated "
-        "variants would equal the full model. Set it to False, or pass --cmp_dropout 0.1 to give the sites a rate."
+        f"disable_dropout of {type(trainer.args).__name__} sets every dropout rate of the model to 0, so the ablated "
+        "variants would equal the full model. Set disable_dropout=False, or pass --cmp_dropout 0.1."
     )
 
 
@@ -397,9 +397,9 @@ def _warn_of_packing(full: Any) -> None:
     begins = (positions[:, 1:] == 0) & (positions[:, :-1] > 1)
     if bool(begins.any()):
         logger.warning(
-            "a row of the first batch holds several packed sequences (its position_ids begin anew). A row is one "
-            "example, so their losses are compared together. To compare each sequence, turn packing and padding_free "
-            "off."
+            "a row of the first batch holds several packed sequences (its position_ids start again at 0). Each row is "
+            "one example, so the sequences in it are compared as one. To compare each sequence separately, turn off "
+            "packing and padding_free."
         )
 
 

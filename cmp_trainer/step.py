@@ -32,17 +32,9 @@ from cmp_trainer.execution.random_state import RandomState, preserve_rng_state, 
 from cmp_trainer.execution.stacking import Stacking, prefer_stacked
 from cmp_trainer.losses.comparative import ComparativeLoss, Objective, minimized
 from cmp_trainer.losses.layouts import entries, is_label
-from cmp_trainer.losses.shares import (
-    CannotCompare,
-    Forward,
-    Plan,
-    Replan,
-    Shares,
-    deviation,
-    make_plan,
-    read_shares,
-    tolerance,
-)
+from cmp_trainer.losses.planning import make_plan
+from cmp_trainer.losses.shares import CannotCompare, Forward, Plan, Replan, Shares, read_shares
+from cmp_trainer.losses.sign_test import deviation, tolerance
 from cmp_trainer.reports.loss_log import LossLog
 
 logger = logging.getLogger(__name__)
@@ -445,13 +437,13 @@ class ComparativeStep:
         """What is compared, and how, in one line."""
         calls = {place[:2] for place in self._plan.taken} | set(self._plan.loops)
         places = sorted(f"{function} at {'/'.join(Path(line).parts[-2:])}" for function, line in calls)
-        how = "in one stacked forward" if self._stacking is not None else "in a forward each"
-        how += ", run once without a graph and once with one (low memory)" if self.low_memory else ""
-        rest = " Another part of it belongs to no example and is added once, from the full model."
+        how = "in one stacked forward" if self._stacking is not None else "in one forward per variant"
+        how += ", without a graph first and then with one (low memory)" if self.low_memory else ""
+        rest = " The part of it that belongs to no example is added once, from the full model."
         return (
-            f"comparing {', '.join(variant.name for variant in self.variants)} {how}. The loss is that of "
-            f"{getattr(loss_fn, '__name__', type(loss_fn).__name__)}, read from {'; '.join(places)}."
-            f"{rest if self._plan.has_rest else ''}"
+            f"comparing {', '.join(variant.name for variant in self.variants)} {how}. The loss comes from "
+            f"{getattr(loss_fn, '__name__', type(loss_fn).__name__)}; each example's loss is read from "
+            f"{', '.join(places)}.{rest if self._plan.has_rest else ''}"
         )
 
 

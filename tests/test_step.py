@@ -37,6 +37,46 @@ def test_the_step_has_the_loss_and_gradients_of_the_trainer(forward, tmp_path):
     torch.testing.assert_close(ours, (loss.detach(), gradients(model)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("forward", "low_memory", "penalty"),
+    [("stacked", False, 0.0), ("sequential", False, 0.0), ("sequential", True, 0.0), ("sequential", False, 0.1)],
+)
+def test_the_first_step_logs_what_is_compared_and_how(forward, low_memory, penalty, caplog):
+    def penalized(model, batch):
+        loss = model(**batch).loss
+        return loss + penalty * model.classifier.weight.square().sum() if penalty else loss
+
+    penalized.stackable = True
+    step = ComparativeStep(tiny_bert().train(), plan(2), forward=forward, low_memory=low_memory)
+    with caplog.at_level("INFO", logger="cmp_trainer"):
+        for _ in range(2):
+            step(batch_of(token_data()), penalized).backward()
+    (line,) = [record.getMessage() for record in caplog.records if "comparing" in record.getMessage()]
+    how = "in one stacked forward" if forward == "stacked" else "in one forward per variant"
+    how += ", without a graph first and then with one (low memory)" if low_memory else ""
+    assert f"comparing full, ablated_1, ablated_2 {how}. The loss comes from penalized; " in line
+    assert "each example's loss is read from cross_entropy at " in line
+    assert line.endswith("added once, from the full model.") == bool(penalty)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [False, True])
+def test_what_rounding_leaves_of_a_loss_is_no_part_that_belongs_to_no_example(dtype, penalty):
+    def loss_fn(model, batch):
+        loss = model(**batch).loss
+        return loss + model.classifier.weight.square().sum() if penalty else loss
+
+    loss_fn.stackable = True
+    model = tiny_bert().train()
+    if penalty:
+        nn.init.constant_(model.classifier.weight, 0.3)
+    step = ComparativeStep(model.to(dtype), plan(2), forward="stacked")
+    if not penalty:
+        return step(batch_of(token_data()), loss_fn).backward()
+    with pytest.raises(ValueError, match="does not work for this model: part of its loss belongs to no example"):
+        step(batch_of(token_data()), loss_fn)
+
+
 def test_the_random_state_after_a_step_is_where_one_forward_leaves_it():
     model, batch = tiny_bert().train(), batch_of(token_data())
     step = ComparativeStep(model, plan(2))

@@ -22,7 +22,8 @@ from cmp_trainer.execution.processes import num_processes
 from cmp_trainer.execution.stacked import CannotStack, NotedSites, StackedDrop, check_no_batch_norm, row_names, stack
 from cmp_trainer.losses.layouts import Layout, entries, num_rows
 from cmp_trainer.losses.reductions import Place
-from cmp_trainer.losses.shares import Plan, Replan, Shares, deviation, read_shares, tolerance
+from cmp_trainer.losses.shares import Plan, Replan, Shares, read_shares
+from cmp_trainer.losses.sign_test import deviation, has_rest, tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +86,11 @@ class Stacking:
             off = deviation(found, forward, self.plan)
             if off is not None and off > tolerance(forward):
                 return None
-            if found.rest.detach().abs() > tolerance(forward) * forward.loss.detach().abs():
+            if has_rest(found, forward):
                 self.has_rest = True
                 logger.warning(
-                    "the loss now has a part that belongs to no example, so the variants no longer share a stacked "
-                    "forward: they run one after the other."
+                    "the loss now has a part that belongs to no example. From here on the variants run one after the "
+                    "other instead of in one stacked forward."
                 )
                 return None
             pairs = zip(found.values.chunk(len(group)), found.weights.chunk(len(group)), strict=True)
@@ -179,8 +180,15 @@ def _drop_kind(kinds: Sequence[Ablation], plan: Plan) -> int:
     by_row = all(
         layout in (Layout("dim", 0), Layout("inner", 1), Layout("declared")) for layout in plan.taken.values()
     )
-    if plan.has_rest or plan.loops or plan.crosses or plan.undecided or plan.rows_per_example > 1 or not by_row:
-        raise CannotStack("part of its loss belongs to the batch, not to rows in their order.")
+    reasons = {
+        "part of its loss belongs to no example.": plan.has_rest,
+        "an example's loss depends on other rows too.": plan.crosses,
+        "all labels of the first batch are the same, so it is not known yet what they change.": plan.undecided,
+        "its loss does not follow the rows one by one.": plan.loops or plan.rows_per_example > 1 or not by_row,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise CannotStack(reason)
     return drops[0]
 
 

@@ -1,6 +1,6 @@
 """How the elements of a reduction may belong to the rows of a batch, likeliest first.
 
-Which layout is the right one is not guessed: shares.py tries them, and the sign test chooses. Sizes come from the
+Which layout is the right one is not guessed: planning.py tries them, and the sign test chooses. Sizes come from the
 batch at hand each time, so a layout found on one batch holds for others.
 """
 
