@@ -173,6 +173,24 @@ def test_a_prediction_step_of_ones_own_runs_under_ablation(tmp_path):
     assert curves[0]["examples_in_violation"].tolist() == curves[1]["examples_in_violation"].tolist()
 
 
+def test_a_loss_of_in_batch_negatives_has_a_curve(tmp_path):
+    """The rows of a batch see each other, which dropout hides: the loss is read as that of the full model."""
+
+    class Ranking(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            anchors, positives = (model(inputs["input_ids"].roll(shift, 1)) for shift in (0, 1))
+            loss = nn.functional.cross_entropy(anchors.logits @ positives.logits.T, torch.arange(len(anchors.logits)))
+            return (loss, anchors) if return_outputs else loss
+
+    class CmpRanking(Ranking, CmpTrainer):
+        pass
+
+    trainer = cmp_trainer(tmp_path, kind=CmpRanking, cmp_num_ablations=1, prediction_loss_only=True)
+    curve = trainer.evaluate_ablations(seeds=[0])
+    assert curve["loss"][0] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert curve["loss"].nunique() == len(curve)
+
+
 def test_several_data_sets_have_a_curve_each(tmp_path):
     trainer = cmp_trainer(tmp_path / "mine", cmp_num_ablations=1)
     parts = {"a": token_data(rows=4), "b": token_data(rows=12)}

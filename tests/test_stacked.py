@@ -15,6 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from cmp_trainer import ComparativeStep, RegularizedLoss, plan
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.execution import stacked, stacking
 from cmp_trainer.execution.ablated import Ablated
@@ -289,3 +290,34 @@ def test_dropout_of_other_rows_is_found_also_where_it_moves_no_loss_yet(tmp_path
     trainer = cmp_trainer(tmp_path, SilentLora(), cmp_num_ablations=1)
     trainer.compute_loss(trainer.model.train(), batch_of(token_data()))
     assert trainer.comparative_step()._stacking is None
+
+
+@pytest.mark.parametrize("part", ["weights", "outputs"])
+def test_a_part_of_the_loss_that_appears_later_and_belongs_to_no_example_ends_stacking(part, caplog):
+    """A norm is no reduction that is followed. That of the stacked outputs would be that of all variants together."""
+    later = []
+
+    def loss_fn(model, batch):
+        outputs = model(**batch)
+        of = {"weights": model.classifier.weight, "outputs": outputs.logits}[part]
+        return outputs.loss + of.norm() if later else outputs.loss
+
+    loss_fn.stackable = True
+    model, batch = tiny_bert().train(), batch_of(token_data())
+    step = ComparativeStep(model, plan(2), RegularizedLoss(primary="full", weight=0.0), forward="stacked")
+    step(batch, loss_fn).backward()
+    assert "no example" not in caplog.text
+    later.append(True)
+    model.zero_grad()
+    loss = step(batch, loss_fn)
+    loss.backward()
+    found = gradients(model)
+    assert caplog.text.count("From here on the variants run one after the other") == 1
+    model.zero_grad()
+    with drops_of(0):
+        expected = loss_fn(model, batch)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, gradients(model))
+    step(batch, loss_fn).backward()
+    assert caplog.text.count("From here on") == 1

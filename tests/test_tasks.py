@@ -194,6 +194,16 @@ def test_label_smoothing_is_that_of_trainer(name, tmp_path):
     assert_equal_gradients(gradients, expected, SCALE)
 
 
+def test_the_logged_loss_under_label_smoothing_is_that_of_the_full_model(tmp_path):
+    task, smoothed = TASKS["classification"], {"label_smoothing_factor": 0.1, "max_steps": 1, "logging_steps": 1}
+    plain = Trainer(task.model_without_dropout(), plain_arguments(tmp_path, **smoothed), train_dataset=task.examples)
+    ours = CmpTrainer(task.model(), cmp_arguments(tmp_path, **smoothed), train_dataset=task.examples)
+    for trainer in (plain, ours):
+        trainer.data_collator = padded
+        trainer.train()
+    assert ours.state.log_history[0]["loss_full"] == pytest.approx(plain.state.log_history[0]["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["regression", "multi-label classification"])
 def test_label_smoothing_of_labels_that_are_no_classes_fails_as_in_trainer(name, tmp_path):
     task, smoothed, errors = TASKS[name], {"label_smoothing_factor": 0.1}, []
