@@ -77,6 +77,21 @@ def test_what_rounding_leaves_of_a_loss_is_no_part_that_belongs_to_no_example(dt
         step(batch_of(token_data()), loss_fn)
 
 
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.3, 0.7)], ids=["sum", "average"])
+def test_the_logged_loss_of_a_sum_or_an_average_of_two_losses_is_that_loss(shares):
+    def loss_fn(model, batch):
+        logits = model(**batch).logits
+        scores = F.mse_loss(logits, F.one_hot(batch["labels"], 3).float())
+        return shares[0] * F.cross_entropy(logits, batch["labels"]) + shares[1] * scores
+
+    model, batch = tiny_bert().train(), batch_of(token_data())
+    step = ComparativeStep(model, plan(2))
+    step(batch, loss_fn)
+    with torch.no_grad():
+        expected = loss_fn(model.eval(), batch)
+    assert step.log()["loss_full"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_random_state_after_a_step_is_where_one_forward_leaves_it():
     model, batch = tiny_bert().train(), batch_of(token_data())
     step = ComparativeStep(model, plan(2))
