@@ -53,7 +53,7 @@ class ChainLoss:
         return f"{type(self.trainer).__name__}.compute_loss (of {', '.join(one.__name__ for one in self._owners)})"
 
     def begin(self) -> None:
-        """The step's own runs begin; what was run before were checks."""
+        """The step itself begins here; the runs before it were checks."""
         self._is_first = True
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -72,7 +72,7 @@ class ChainLoss:
 
 @contextmanager
 def shadowed(trainer: Any, **methods: Any) -> Iterator[None]:
-    """Methods of this one object are other ones in the body, whatever class of its bases they come from."""
+    """In the body, methods of this one object are replaced, whichever of its classes defines them."""
     before = {name: vars(trainer)[name] for name in methods if name in vars(trainer)}
     vars(trainer).update(methods)
     try:
@@ -84,7 +84,7 @@ def shadowed(trainer: Any, **methods: Any) -> Iterator[None]:
 
 
 def without_segments(inputs: Any) -> Any:
-    """The batch without the column that only crops read."""
+    """The batch without `crop_segments`, which only crops read."""
     if isinstance(inputs, Mapping) and SEGMENTS in inputs:
         return {name: value for name, value in inputs.items() if name != SEGMENTS}
     return inputs

@@ -263,7 +263,7 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
 
 
 def _recomputed_reentrantly(step: Any, loss: Tensor) -> str | None:
-    """Several variants inside of one forward of DistributedDataParallel are several backwards to reentrant layers."""
+    """Reentrant layers run one backward per forward of a variant, and DistributedDataParallel allows one per step."""
     if step.low_memory or not is_data_parallel(step.model):
         return None
     nodes, seen = [loss.grad_fn], set()
@@ -282,7 +282,7 @@ def _recomputed_reentrantly(step: Any, loss: Tensor) -> str | None:
 
 
 def _nothing_dropped(step: Any, forwards: Forwards, full: Any) -> str | None:
-    """Some dropout call of the forward has to have a positive rate and be in train mode."""
+    """No dropout call of the forward has a positive rate and is in train mode."""
     numbers = [number for number, kind in enumerate(step.kinds) if isinstance(kind, CmpDrop)]
     if not numbers:
         return None
@@ -338,7 +338,7 @@ def _why_nothing_drops(sites: Sequence[tuple[str, float, bool]], drop: CmpDrop, 
 
 
 def _nothing_ablated(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
-    """Ablations of the user's own change the losses of some example at every level."""
+    """An ablation of the user's own changes no example's loss at some level."""
     own = [number for number, kind in enumerate(step.kinds) if not isinstance(kind, (CmpDrop, CmpCrop))]
     if not own:
         return None
@@ -355,7 +355,7 @@ def _nothing_ablated(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]
 
 
 def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
-    """No dropout call is made in backward outside of the ablation of its forward."""
+    """A dropout call is made in backward, outside of the ablation of its forward."""
     if not any(isinstance(kind, CmpDrop) for kind in step.kinds) or num_processes() > 1:
         return None
     last = step.variants[-1]
@@ -390,7 +390,7 @@ def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, 
 
 
 def _warn_of_packing(full: Any) -> None:
-    """Several sequences packed into a row share its loss."""
+    """Warn where several sequences are packed into a row, which is one example."""
     positions = full.get("position_ids") if isinstance(full, Mapping) else None
     if not isinstance(positions, Tensor) or positions.ndim != 2:
         return

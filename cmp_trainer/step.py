@@ -198,11 +198,11 @@ class ComparativeStep:
         return forward.loss.detach(), VariantLosses(shares.values / weights.masked_fill(weights == 0, 1), weights)
 
     def check_again(self) -> None:
-        """Check the next batch as the first one was checked: something that the checks depend on was changed."""
+        """Check the next batch like the first one, after a change to something that the checks depend on."""
         self._checked, self._stacking, self._plans = False, None, {}
 
     def check_end(self) -> None:
-        """What can only be seen when a training is over.
+        """Check what can only be seen at the end of a training.
 
         Raises:
             ValueError: crops never removed anything.
@@ -345,8 +345,8 @@ class ComparativeStep:
                 raise
         if plan.crosses:
             logger.warning(
-                "an example's loss depends on other rows of the batch too (in-batch negatives, for instance): what "
-                "is compared is the term that the loss holds for each example."
+                "an example's loss also depends on other rows of the batch (in-batch negatives, for instance). What is "
+                "compared is each example's own term of the loss."
             )
         return plan
 

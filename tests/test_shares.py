@@ -272,11 +272,11 @@ def test_a_fused_loss_beside_a_small_penalty_that_is_seen_is_rejected():
 
 @pytest.mark.parametrize("curve", [torch.sqrt, torch.log, lambda loss: loss * loss], ids=["root", "log", "square"])
 def test_a_loss_that_is_no_weighted_sum_of_the_examples_is_rejected(curve):
-    assert "no weighted sum" in rejected(lambda model, given: curve(plain(model, given)))
+    assert "not a weighted sum" in rejected(lambda model, given: curve(plain(model, given)))
 
 
 def test_the_product_of_two_reductions_is_rejected():
-    assert "no weighted sum" in rejected(lambda model, given: plain(model, given) * each(model, given).mean())
+    assert "not a weighted sum" in rejected(lambda model, given: plain(model, given) * each(model, given).mean())
 
 
 def test_losses_weighted_by_their_own_share_are_counted_once():

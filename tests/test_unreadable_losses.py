@@ -32,8 +32,8 @@ def worst_example(model, batch):
 
 
 REJECTED = {
-    root: "no weighted sum of the examples' losses",
-    logarithm: "no weighted sum of the examples' losses",
+    root: "not a weighted sum of the examples' losses",
+    logarithm: "not a weighted sum of the examples' losses",
     between_neighbours: "part of the loss depends on the model's outputs and the labels",
     worst_example: "no part of the loss belongs to single examples",
 }

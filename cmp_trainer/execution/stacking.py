@@ -113,7 +113,7 @@ class Stacking:
     def _compare_with_single_forwards(
         self, forwards: Forwards, batches: Mapping[tuple, Any], variants: Sequence[Variant]
     ) -> None:
-        """Dropout calls, losses and gradients of the first group, stacked and one by one."""
+        """Compare dropout calls, losses and gradients of the first group with those of a forward per variant."""
         group = max(self._groups(variants), key=len)
         if len(group) < 2:
             raise CannotStack("no two variants have the same input.")
@@ -193,7 +193,7 @@ def _drop_kind(kinds: Sequence[Ablation], plan: Plan) -> int:
 
 
 def _compare_gradients(model: torch.nn.Module, found: Tensor, expected: Tensor, rtol: float) -> None:
-    """The gradients of randomly weighted shares, which see what equal losses hide."""
+    """Compare the gradients of randomly weighted shares: equal losses can hide a difference."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = torch.arange(1, found.numel() + 1, dtype=found.dtype, device=found.device).sin().view_as(found)
     ours, theirs = (

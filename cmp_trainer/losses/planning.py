@@ -103,7 +103,7 @@ class _Planner:
         result.places = {one.place[:2] for one in noted}
         result.passed = {one.place for one in noted} - set(result.taken)
         self._check_whole()
-        self._check_straight()
+        self._check_linear()
         result.anchors = [
             index
             for index, tensor in enumerate(self.first.outputs)
@@ -135,7 +135,7 @@ class _Planner:
             return None
 
     def _sign_error(self, values: Tensor, reduction: Reduction | None = None) -> float | None:
-        """The largest deviation at the outputs, or at the latest activations where nothing passes by the outputs."""
+        """The largest deviation at the outputs, or inside the model where the values depend on no output."""
         if not values.requires_grad:
             return None
         errors = [float(error) for error in sign_errors(values, self.anchors) if error is not None]
@@ -148,7 +148,7 @@ class _Planner:
         return next((float(error) for error in inside), None)
 
     def _follows_labels(self, number: int) -> bool:
-        """Whether this reduction moves with the labels of the batch; True where that cannot be found out."""
+        """Whether this reduction changes when the labels are exchanged; True where that cannot be determined."""
         noted = self.first.reductions.noted
         if self.moved is None or noted[number].declared or _is_smoothing(noted[number].place):
             return True
@@ -162,7 +162,7 @@ class _Planner:
         return self._gradients_move(one.sum(), other.sum(), 1e-3)  # equal values of an untrained head
 
     def _crossing_layout(self, number: int, tried: Sequence[Layout]) -> Layout | None:
-        """A layout by which exchanged rows exchange their elements, for losses in which rows see each other."""
+        """For losses in which rows see each other: a layout under which exchanging rows exchanges their elements."""
         noted = self.first.reductions.noted
         possible = [layout for layout in tried if layout in (Layout("dim", 0), Layout("inner", 1))]
         if self.rows < 3 or not possible or len(noted[number].dims) < noted[number].elements.ndim:
@@ -204,7 +204,7 @@ class _Planner:
                     break
 
     def _check_whole(self) -> None:
-        """Something belongs to the examples, and what is left does not pass by the outputs with the labels."""
+        """Reject a loss of which nothing belongs to the examples, or whose rest depends on outputs and labels."""
         try:
             shares = read_shares(self.first, self.result, self.batch)
         except Replan as replan:
@@ -226,7 +226,7 @@ class _Planner:
             raise CannotCompare(_REST)
 
     def _find_smoothing(self) -> None:
-        """The Trainer's label smoothing is an average of the loss of the label and that of all classes."""
+        """The Trainer's label smoothing averages two losses: that of the label, and the mean over all classes."""
         found = [
             one for one in self.first.reductions.noted if one.place in self.result.taken and _is_smoothing(one.place)
         ]
@@ -237,7 +237,7 @@ class _Planner:
             self.result.averages = True
 
     def _anchor_inside(self) -> None:
-        """Where the loss passes by no output, the earliest activation by row serves to look at the rest."""
+        """Without an output that the loss depends on, the rest is checked at the earliest activation with rows."""
         if self.anchors or not self.result.has_rest:
             return
         rows = self.rows * self.result.rows_per_example
@@ -248,8 +248,8 @@ class _Planner:
                 self._inside = others[number : number + 1] if len(others) == len(self.first.activations) else []
                 return
 
-    def _check_straight(self) -> None:
-        """The coefficients do not move with the loss itself, as in the root or the logarithm of a mean."""
+    def _check_linear(self) -> None:
+        """Reject coefficients that depend on the loss itself, as in the root or the logarithm of a mean."""
         reductions, taken = self.first.reductions, self.result.taken
         reductions.read(self.first.loss, create_graph=True)
         zeros = [one.zero for one in reductions.noted]
@@ -264,9 +264,9 @@ class _Planner:
                 one.gate.reading = False
             if any(map(_nonzero, moves)):
                 raise CannotCompare(
-                    f"the loss is no weighted sum of the examples' losses: what {reduction.place.function} at "
-                    f"{reduction.place.line} counts in it depends on the loss itself (the root or logarithm of a "
-                    "mean, or a product of two losses). Use a loss that is a mean or sum over the examples, or pass "
+                    "the loss is not a weighted sum of the examples' losses: the weight of "
+                    f"{reduction.place.function} at {reduction.place.line} depends on the loss itself (the root or "
+                    "logarithm of a mean, or a product of two losses). Use a loss that is a mean or sum over the examples, or pass "
                     "per_example_loss_func(outputs, inputs) -> (batch,)."
                 )
         reductions.read(self.first.loss)
@@ -286,7 +286,7 @@ class _Planner:
             return None  # labels that fit their own row only: the loss is judged without this test
 
     def _labels_matter(self) -> bool:
-        """Whether the loss is made from the labels at all; a column of them may be left over from another task."""
+        """Whether the loss uses the labels at all; a column of them may be left over from another task."""
         if self.moved is None or self.moved_outputs or not self.anchors:
             return True
         if _differ(self.first.loss, self.moved.loss, 1e-6):
@@ -294,7 +294,7 @@ class _Planner:
         return self._gradients_move(self.first.loss, self.moved.loss, 1e-5)
 
     def _gradients_move(self, value: Tensor, moved: Tensor, relative: float) -> bool:
-        """Whether a number has another gradient at the outputs when the labels are exchanged."""
+        """Whether the gradient of a scalar at the outputs changes when the labels are exchanged."""
         ours, theirs = gradients(value, self.anchors), gradients(moved, self._moved_anchors())
         pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
         return any(_differ(a, b, relative) for a, b in pairs)
@@ -321,7 +321,7 @@ def _is_smoothing(place: Place) -> bool:
 
 
 def _reached(loss: Tensor, tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """The tensors of so many rows that the loss passes through."""
+    """The tensors with `rows` rows that the loss depends on."""
     found = [tensor for tensor in tensors if tensor.ndim and tensor.requires_grad and len(tensor) == rows]
     pairs = zip(found, gradients(loss, found), strict=True)
     return [tensor for tensor, gradient in pairs if _nonzero(gradient)]

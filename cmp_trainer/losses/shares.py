@@ -141,7 +141,7 @@ def read_shares(forward: Forward, plan: Plan, batch: Any, factors: Mapping[Place
 
 
 def _layout_or_none(plan: Plan, reduction: Reduction) -> Layout | None:
-    """A new reduction that the loss does not depend on is no matter."""
+    """None also for an unknown reduction: one that the loss depends on raises when it is read."""
     try:
         return plan.layout(reduction.place)
     except Replan:
@@ -149,7 +149,7 @@ def _layout_or_none(plan: Plan, reduction: Reduction) -> Layout | None:
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
-    """The tensors of a model's outputs that a loss may be made of; not what was kept from inside of the model."""
+    """The tensors of a model's outputs that a loss may be computed from, without hidden states and caches."""
     if isinstance(outputs, Tensor):
         return [outputs] if outputs.ndim else []
     if isinstance(outputs, Mapping):
@@ -192,7 +192,7 @@ def rows_of_loop(calls: Sequence[Reduction], rows: int, together: bool) -> tuple
 
 
 def _parts(columns: Sequence[tuple[Tensor, Tensor]], batch: Any, averages: bool) -> tuple[Tensor, Tensor]:
-    """One part an example, the sum of its reductions; start and end of an answer are parts of their own."""
+    """Each example has one part, the sum over its reductions; start and end of an answer are separate parts."""
     names = dict(entries(batch))
     if len(columns) == 1 or ("start_positions" in names and "end_positions" in names):
         return torch.cat([values for values, _ in columns], 1), torch.cat([weights for _, weights in columns], 1)

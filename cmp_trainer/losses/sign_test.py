@@ -38,21 +38,21 @@ def deviation(shares: Shares, forward: Forward, plan: Plan) -> Tensor | None:
 
 
 def tolerance(forward: Forward) -> float:
-    """What the sign test may deviate by in the arithmetic of a forward."""
+    """How far the sign test may deviate, given the precision of a forward."""
     half = [one.dtype in HALF for one in (*forward.outputs, *forward.activations)]
     half += [reduction.is_half for reduction in forward.reductions.noted]
     return TOLERANCE_HALF if any(half) else TOLERANCE
 
 
 def has_rest(shares: Shares, forward: Forward) -> bool:
-    """Whether part of the loss belongs to no example: more than what rounding leaves of the loss less its shares."""
+    """Whether part of the loss belongs to no example, beyond what rounding leaves of the loss minus its shares."""
     rounding = ROUNDING if tolerance(forward) == TOLERANCE else TOLERANCE_HALF
     size = torch.maximum(forward.loss.detach().abs(), shares.values.detach().abs().sum())
     return bool(shares.rest.detach().abs() > rounding * size.clamp(min=1e-12))
 
 
 def sign_errors(values: Tensor, anchors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Deviation of each anchor's gradient from the shares' own rows; None for anchors that are not reached."""
+    """The deviation at each anchor; None for anchors that the values do not depend on."""
     rows = len(values)
     places = torch.arange(1, rows + 1, device=values.device, dtype=values.dtype)
     weights = (places * 12.9898).sin() * 2 + (places * 7.233).cos()
@@ -67,7 +67,7 @@ def sign_errors(values: Tensor, anchors: Sequence[Tensor]) -> list[Tensor | None
 def sign_errors_inside(
     values: Tensor, activations: Sequence[Tensor], rows: int, same_size: int = 0
 ) -> Iterator[Tensor]:
-    """The sign test at the activations by row that the values pass through, in the order given."""
+    """The deviation at each activation with `rows` rows that the values depend on, in the order given."""
     for activation in activations:
         if len(activation) == rows and activation.numel() != same_size:
             yield from (error for error in sign_errors(values, [activation]) if error is not None)
