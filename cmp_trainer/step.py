@@ -345,8 +345,8 @@ class ComparativeStep:
                 raise
         if plan.crosses:
             logger.warning(
-                "an example's loss also depends on other rows of the batch (in-batch negatives, for instance). What is "
-                "compared is each example's own term of the loss."
+                "an example's loss also depends on other rows of the batch (in-batch negatives, for instance). What "
+                "is compared is each example's own term of the loss."
             )
         return plan
 

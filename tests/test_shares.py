@@ -360,4 +360,4 @@ def test_in_batch_negatives_are_compared_and_that_is_said(left_over, caplog):
     own_loss, own = expected_of(loss_fn, given)
     torch.testing.assert_close(loss, own_loss)
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-6)
-    assert "depends on other rows of the batch too" in caplog.text
+    assert "also depends on other rows of the batch" in caplog.text

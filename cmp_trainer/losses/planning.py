@@ -266,8 +266,8 @@ class _Planner:
                 raise CannotCompare(
                     "the loss is not a weighted sum of the examples' losses: the weight of "
                     f"{reduction.place.function} at {reduction.place.line} depends on the loss itself (the root or "
-                    "logarithm of a mean, or a product of two losses). Use a loss that is a mean or sum over the examples, or pass "
-                    "per_example_loss_func(outputs, inputs) -> (batch,)."
+                    "logarithm of a mean, or a product of two losses). Use a loss that is a mean or sum over the "
+                    "examples, or pass per_example_loss_func(outputs, inputs) -> (batch,)."
                 )
         reductions.read(self.first.loss)
 

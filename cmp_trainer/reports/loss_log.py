@@ -83,8 +83,8 @@ class LossLog:
         are_equal = len(set(means)) == 1 and len(names) > 1
         if are_equal and not self._are_equal:
             logger.warning(
-                "all variants had the same loss since the last log (%.4g), so nothing is being ablated. Is the dropout "
-                "rate 0?",
+                "all variants had the same loss since the last log (%.4g), so nothing is being ablated. Is the "
+                "dropout rate 0?",
                 means[0],
             )
         self._are_equal, self.differed = are_equal, self.differed or not are_equal
