@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from cmp_trainer.ablations.drop import CmpDrop
-from cmp_trainer.ablations.protocol import Ablation
-from cmp_trainer.execution.intercept import Handler, Intercept
+from cmp_trainer.ablations.protocol import Ablation, Handler
+from cmp_trainer.execution.intercept import Intercept
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.recompute import recompute_inside
 

@@ -5,11 +5,10 @@ look-up on the path of all functions that nobody asked for. The mode belongs to 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-Handler = Callable[[Callable, tuple, dict[str, Any]], Any]
+from cmp_trainer.ablations.protocol import Handler
 
 
 class Intercept(TorchFunctionMode):

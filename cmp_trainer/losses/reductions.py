@@ -19,6 +19,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from cmp_trainer.execution.intercept import Handler
+from cmp_trainer.ablations.protocol import Handler
 
 _SKIPPED_FRAMES = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).parents[1] / "execution"))
 _MEANS = (torch.mean, Tensor.mean, torch.nanmean, Tensor.nanmean)
@@ -199,7 +200,7 @@ class Reductions:
             scale = 1 / known.sum(dims, keepdim=True) if func in _MEANS else 1.0
         elif func in _MEANS:
             scale = 1 / max(1, _count(values, dims))
-        plain = lambda: func(*args, **kwargs)  # noqa: E731
+        plain = partial(func, *args, **kwargs)
         return self._note(  # pyright: ignore[reportAttributeAccessIssue]
             func, values, scale, dims, plain, keepdim=keepdim, dtype=kwargs.get("dtype")
         )
