@@ -42,9 +42,9 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+from transformers.trainer_utils import PredictionOutput
 
-from cmp_trainer.saving.checkpoints import checkpoint_to_resume, is_whole
+from cmp_trainer.saving.checkpoints import checkpoint_to_resume, checkpoints, fault_of
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def set_up(args: TrainingArguments) -> None:
     """Set verbosity and seed before anything is loaded, and check what the run is asked to do.
 
     Raises:
-        ValueError: Nothing to do, no whole checkpoint to resume from, checkpoints of another run in output_dir, or
+        ValueError: Nothing to do, no complete checkpoint to resume from, checkpoints of another run in output_dir, or
             processes that do not know of each other and would all write there.
     """
     check_launch(args.world_size)
@@ -198,12 +198,12 @@ def set_up(args: TrainingArguments) -> None:
     if not args.do_train:
         return
     resume, folder = _resume_from(args), Path(str(args.output_dir))
-    checkpoint_to_resume(resume, str(folder))
-    held = list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    if held and resume is None:
-        whole = any(is_whole(checkpoint) for checkpoint in held)
-        way_on = "--resume_from_checkpoint true to go on from there, or " if whole else "(none of them whole) "
-        names = ", ".join(sorted(checkpoint.name for checkpoint in held))
+    if resume:
+        args.resume_from_checkpoint = checkpoint_to_resume(resume, str(folder))
+    elif held := checkpoints(folder):
+        complete = any(fault_of(checkpoint) is None for checkpoint in held)
+        way_on = "--resume_from_checkpoint true to go on from there, or " if complete else "(none of them complete) "
+        names = ", ".join(checkpoint.name for checkpoint in reversed(held))
         raise ValueError(f"{folder} already holds {names}; pass {way_on}another --output_dir")
 
 

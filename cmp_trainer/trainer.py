@@ -27,14 +27,14 @@ from cmp_trainer.losses.reductions import example_mean
 from cmp_trainer.reports.ablated_evaluation import EvaluatesVariants
 from cmp_trainer.reports.model_card import write_model_card
 from cmp_trainer.reports.training_plot import show_variants_in_progress_bar
-from cmp_trainer.saving.checkpoints import WholeCheckpoints
+from cmp_trainer.saving.checkpoints import RecordsCheckpoints
 from cmp_trainer.saving.pushing import ReportsPushes
 from cmp_trainer.step import ComparativeStep, bare_model
 
 logger = logging.getLogger(__name__)
 
 
-class CmpTrainer(EvaluatesVariants, WholeCheckpoints, ReportsPushes):
+class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
     """The Trainer with comparative loss, alone or as one base of a trainer of your own, in any order.
 
     Args:

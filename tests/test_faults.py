@@ -42,10 +42,10 @@ def test_a_killed_run_resumes_to_the_weights_of_one_that_never_stopped(moment, k
 
 
 @pytest.mark.xdist_group("killed runs")
-def test_the_checkpoint_whose_save_was_killed_is_passed_over_by_name(killed_runs):
+def test_the_checkpoint_whose_save_was_killed_is_skipped_by_name(killed_runs):
     _, said = killed_runs
-    assert "in a save/checkpoint-8 is not whole" in said
-    assert said.count("is not whole") == 1
+    assert "in a save/checkpoint-8 is incomplete" in said
+    assert said.count("is incomplete") == 1
 
 
 # Losses that are no numbers

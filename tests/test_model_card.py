@@ -1,14 +1,16 @@
 """Model cards: what they say is true of the run, nothing is empty, and the Hub's metadata holds the results."""
 
+import json
 import re
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from cmp_trainer.reports.model_card import CURVE_IMAGE, model_card
-from tests.helpers import cmp_trainer, tiny_bert, training_arguments
+from tests.helpers import cmp_trainer, tiny_bert, token_data, training_arguments
 
 ABOUT = {
     "language": "en",
@@ -165,3 +167,64 @@ def test_without_ablations_the_card_is_trainers_own(tmp_path):
     plain = cmp_trainer(tmp_path / "plain", kind=Trainer, args=training_arguments(tmp_path / "plain"))
     ours, theirs = read(trainer, model_name="m"), read(plain, model_name="m")
     assert str(ours) == str(theirs)
+
+
+def written_by(trainer, **about):
+    return read(trainer, **about).text
+
+
+def test_names_from_outside_are_escaped_in_code(trainer):
+    trainer.args.hub_model_id = 'me/"quoted"\nimport os'
+    code = re.search(r"```python\n(.*?)```", written_by(trainer), flags=re.S)[1]
+    (line,) = (line for line in code.splitlines() if line.startswith("model = "))
+    compile(code, "card", "exec")
+    assert json.dumps('me/"quoted"\nimport os') in line
+
+
+def test_names_from_outside_are_escaped_in_tables_and_html(tmp_path):
+    def odd_names(prediction):
+        return {"a|b": 0.5, "<img src=x>": 0.25, "two\nlines": 0.75}
+
+    settings = {"cmp_num_ablations": 1, "max_steps": 2, "eval_strategy": "steps"}
+    trainer = cmp_trainer(tmp_path, compute_metrics=odd_names, **settings)
+    trainer.train()
+    trainer.evaluate_ablations(seeds=[0])
+    text = written_by(trainer, dataset="<script>alert(1)</script>", model_name="a <b>name</b>")
+    assert "| a\\|b | 0.5 |" in text and "| &lt;img src=x&gt; | 0.25 |" in text and "| two lines | 0.75 |" in text
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    assert "<script>" not in text and "<img" not in text and "<b>" not in text
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.M):
+        assert len({row.replace("\\|", "").count("|") for row in table.strip().split("\n")}) == 1
+
+
+def test_an_adapter_of_a_local_model_names_no_folder_of_this_machine(tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "base")
+    base = tiny_bert().from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", lora_dropout=0.1))
+    trainer = cmp_trainer(tmp_path / "run", model, cmp_num_ablations=1, max_steps=1)
+    trainer.train()
+    trainer.save_model()  # PEFT writes a card that names it
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert 'from_pretrained("folder/of/the/base/model", num_labels=3)' in card
+
+
+@pytest.mark.parametrize(("split", "named"), [(None, False), ("validation", True)])
+def test_local_files_are_not_said_to_be_a_split_that_nobody_named(split, named, tmp_path):
+    file = tmp_path / "validation.jsonl"
+    token_data().to_json(file)
+    data = Dataset.from_json(str(file), **({"split": split} if split else {}))
+    trainer = cmp_trainer(tmp_path / "run", data=data, cmp_num_ablations=1, max_steps=2, eval_strategy="steps")
+    trainer.train()
+    text = written_by(trainer, dataset="my texts")
+    assert "(train)" not in text and ("(validation)" in text) == named
+
+
+def test_a_card_that_cannot_be_written_is_a_warning(trainer, caplog, monkeypatch):
+    def full_disk(self, path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelCard, "save", full_disk)
+    trainer.create_model_card()
+    assert "README.md could not be written: [Errno 28] No space left on device" in caplog.text

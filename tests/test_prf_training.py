@@ -18,7 +18,7 @@ from arguments import PrfArguments
 from collection import load_collection
 from demo_collection import write_demo
 from evaluation import CollectionResult, curve_rows, load_results, p_value, per_query, robustness_index
-from experiment import Experiment
+from experiment import Experiment, check_file_names
 from feedback import FeedbackCollator, TrainingQuery, query_inputs, training_queries
 from first_pass import SparseIndex
 from reformulators import SparseReformulator
@@ -250,13 +250,28 @@ def test_an_encoder_that_is_not_there_is_refused_with_the_way_out(demo, tmp_path
         experiment_of(demo, tmp_path / "first_pass", model_name_or_path="no/where")
 
 
-def test_a_fold_goes_on_from_its_last_whole_checkpoint(monkeypatch, demo, tmp_path, caplog):
+def test_results_of_collections_with_similar_names_are_all_kept(tmp_path):
+    values = {"nDCG@10": [0.5, 1.0]}
+    result = CollectionResult(["a", "b"], [0, 0], values, values, [values, values])
+    run_prf.report({"corpus.v1:train": result, "corpus.v1:test": result}, tmp_path, {})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"corpus.v1-{split}.{end}" for split in ("train", "test") for end in ("md", "png")} | {
+        "evaluation.json"
+    }
+
+
+def test_collections_whose_files_would_have_the_same_name_are_rejected():
+    with pytest.raises(ValueError, match="corpus/a:test and corpus-a:test would have the same file names; rename one"):
+        check_file_names(["corpus/a:test", "corpus/b:test", "corpus-a:test"])
+
+
+def test_a_fold_goes_on_from_its_last_complete_checkpoint(monkeypatch, demo, tmp_path, caplog):
     changes = {"first_pass_dir": tmp_path / "first_pass", "save_strategy": "steps", "save_steps": 1, "num_folds": 2}
     script(monkeypatch, "beir_folder.yaml", demo, tmp_path / "run", max_steps=2, **changes)
     for file in ("evaluation.json", "fold-0/evaluation.json", "fold-0/checkpoint-2/trainer_state.json"):
         (tmp_path / "run" / file).unlink()
     script(monkeypatch, "beir_folder.yaml", demo, tmp_path / "run", max_steps=2, **changes)
-    assert "checkpoint-2 is not whole" in caplog.text
+    assert "checkpoint-2 is incomplete" in caplog.text
     assert len(load_results(tmp_path / "run" / "evaluation.json")[0]["collection:train"].queries) == 128
 
 

@@ -300,9 +300,9 @@ def test_checkpoints_of_another_run_are_not_written_over(tmp_path):
 
 def test_a_half_written_checkpoint_is_not_offered_for_resuming(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match=r"none of them whole"):
+    with pytest.raises(ValueError, match=r"none of them complete"):
         set_up(training_arguments(tmp_path, do_train=True))
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         set_up(training_arguments(tmp_path, do_train=True, resume_from_checkpoint="true"))
 
 

@@ -86,3 +86,13 @@ def test_plain_training_has_a_picture_too(tmp_path):
     trainer = cmp_trainer(tmp_path, callbacks=[TrainingPlot()])
     trainer.train()
     assert plot_training(trainer.state.log_history).axes[0].lines
+
+
+def test_a_plot_that_cannot_be_written_is_a_warning_and_training_goes_on(tmp_path, caplog, monkeypatch):
+    def full_disk(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    trainer = cmp_trainer(tmp_path, cmp_num_ablations=1, callbacks=[TrainingPlot(min_seconds=0)])
+    assert trainer.train().global_step == 6
+    assert "training_plot.png could not be written: [Errno 28] No space left on device" in caplog.text

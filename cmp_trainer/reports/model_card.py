@@ -4,12 +4,15 @@ How to use it, what it reaches, how it was trained (the settings of comparative 
 ablation where that was measured (`trainer.evaluate_ablations`), and whom to cite. Sections that have nothing to say
 are left out. Metadata follows the Hub's model-index, so that results show beside the model.
 
-The text is in model_card_template.md; here is what fills it.
+The text is in model_card_template.md; here is what fills it. Names come from outside, so they are escaped for the
+table or the code that they stand in, and paths of this machine are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import html
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +33,7 @@ from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.losses.comparative import ComparativeLoss, RegularizedLoss
 from cmp_trainer.reports.curves import IN_VIOLATION, measures, plot_curves, summarize
+from cmp_trainer.saving.files import warned_where_unwritable, written_whole
 from cmp_trainer.step import bare_model
 
 logger = logging.getLogger(__name__)
@@ -72,13 +76,16 @@ def write_model_card(trainer: Any, *args: Any, **kwargs: Any) -> None:
             tasks, dataset_tags, dataset, dataset_args.
     """
     folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if trainer.curve is not None and find_spec("matplotlib") is not None:
         config = getattr(bare_model(trainer.model), "config", None)
         regression = getattr(config, "problem_type", None) == "regression"
         unit = None if regression or trainer.per_example_loss_func is not None else "nats"
-        plot_curves(trainer.curve, loss_unit=unit).savefig(folder / CURVE_IMAGE)
-    model_card(trainer, *args, **kwargs).save(folder / "README.md")
+        figure = plot_curves(trainer.curve, loss_unit=unit)
+        with warned_where_unwritable(f"the plot {folder / CURVE_IMAGE}"), written_whole(folder / CURVE_IMAGE) as file:
+            figure.savefig(file)
+    card, path = model_card(trainer, *args, **kwargs), folder / "README.md"
+    with warned_where_unwritable(f"the model card {path}"), written_whole(path) as file:
+        card.save(file)
 
 
 def model_card(trainer: Any, *args: Any, **kwargs: Any) -> ModelCard:
@@ -102,13 +109,13 @@ def model_card(trainer: Any, *args: Any, **kwargs: Any) -> ModelCard:
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        model_name=summary.model_name,
+        model_name=_escaped(summary.model_name),
         origin=_origin(trainer, base_model),
-        datasets=" and ".join(_listed(summary.dataset)),
+        datasets=_escaped(" and ".join(_listed(summary.dataset))),
         library="PEFT" if adapter is not None else "Transformers",
         usage=_usage(trainer, summary, adapter),
-        results={name.replace("_", " "): _number(value) for name, value in evaluation.items()},
-        evaluated_on=_evaluated_on(trainer, summary),
+        results={_escaped(name.replace("_", " ")): _number(value) for name, value in evaluation.items()},
+        evaluated_on=_escaped(_evaluated_on(trainer, summary)),
         progress=_progress(summary),
         hyperparameters=_hyperparameters(trainer, summary),
         versions=", ".join(f"{name} {metadata.version(name)}" for name in _libraries(adapter)),
@@ -121,7 +128,7 @@ def model_card(trainer: Any, *args: Any, **kwargs: Any) -> ModelCard:
 def _progress(summary: TrainingSummary) -> list[dict[str, str]]:
     """The evaluations during training, a row each."""
     rows: list[Any] = summary.eval_lines or []
-    return [{name: _number(value) for name, value in row.items()} for row in rows]
+    return [{_escaped(name): _number(value) for name, value in row.items()} for row in rows]
 
 
 def _comparison(trainer: Any) -> dict[str, Any]:
@@ -129,7 +136,7 @@ def _comparison(trainer: Any) -> dict[str, Any]:
     counts = Counter(map(_taken_away, trainer.ablations))
     return {
         "num_ablations": trainer.num_ablations,
-        "ablations": ", ".join(f"{count} by {what}" for what, count in counts.items()),
+        "ablations": _escaped(", ".join(f"{count} by {what}" for what, count in counts.items())),
         "objective": _objective(trainer.comparative_step().objective),
         "cmp_arguments": _arguments(trainer),
     }
@@ -150,7 +157,7 @@ def _objective(objective: Any) -> str:
     if isinstance(objective, (ComparativeLoss, RegularizedLoss)):
         kind = "comparative" if isinstance(objective, ComparativeLoss) else "regularized"
         return f"the {kind} objective with {objective.ranking} ranking was minimized."
-    return f"the objective `{getattr(objective, '__name__', type(objective).__name__)}` was minimized."
+    return f"the objective {_escaped(getattr(objective, '__name__', type(objective).__name__))} was minimized."
 
 
 def _arguments(trainer: Any) -> dict[str, Any]:
@@ -167,7 +174,7 @@ def _arguments(trainer: Any) -> dict[str, Any]:
         shown = {**shown, "cmp_primary": args.cmp_primary, "cmp_weight": args.cmp_weight}
     replaced = _OF_ABLATIONS if trainer._given_ablations is not None else ()
     replaced += _OF_OBJECTIVE if trainer._given_objective is not None else ()
-    return {name: value for name, value in shown.items() if not name.startswith(replaced)}
+    return {name: _escaped(value) for name, value in shown.items() if not name.startswith(replaced)}
 
 
 def _hyperparameters(trainer: Any, summary: TrainingSummary) -> dict[str, Any]:
@@ -175,7 +182,7 @@ def _hyperparameters(trainer: Any, summary: TrainingSummary) -> dict[str, Any]:
     named["optimizer"] = getattr(args.optim, "value", args.optim) + (
         f" ({args.optim_args})" if args.optim_args else ""
     )
-    return {name.replace("_", " "): value for name, value in named.items()}
+    return {name.replace("_", " "): _escaped(value) for name, value in named.items()}
 
 
 def _curve(curve: pd.DataFrame | None) -> dict[str, Any]:
@@ -192,10 +199,10 @@ def _curve(curve: pd.DataFrame | None) -> dict[str, Any]:
         for name in shown:
             mean, spread = row[name]["mean"], row[name]["std"]
             cells.append(f"{mean:.4f}" + (f" ± {spread:.4f}" if spread > 0 else ""))
-        rows.append([ablation, level, *cells])
+        rows.append([_escaped(ablation), level, *cells])
     return {
         "curve": rows,
-        "curve_columns": [name.replace("_", " ") for name in shown],
+        "curve_columns": [_escaped(name.replace("_", " ")) for name in shown],
         "curve_image": CURVE_IMAGE if find_spec("matplotlib") is not None else None,
         "curve_examples": curve["examples"].max(),
         "curve_seeds": ", ".join(str(seed) for seed in curve["seed"].unique()),
@@ -248,22 +255,23 @@ def _model_index(trainer: Any, summary: TrainingSummary, evaluation: dict[str, f
 
 def _usage(trainer: Any, summary: TrainingSummary, adapter: Any) -> str:
     """Code that loads the model."""
-    name = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id or summary.model_name
+    name = _literal(getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id or summary.model_name)
     model: Any = bare_model(trainer.model)
     kind, task = type(model).__name__, next(iter(_listed(summary.tasks)), None)
     if adapter is not None:
         base = adapter.base_model_name_or_path
+        base = _literal(base if _is_repository(base) else "folder/of/the/base/model")
         labels = f", num_labels={model.config.num_labels}" if "Classification" in kind else ""
         return (
             f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
-            f'base = {kind}.from_pretrained("{base}"{labels})\nmodel = PeftModel.from_pretrained(base, "{name}")'
+            f"base = {kind}.from_pretrained({base}{labels})\nmodel = PeftModel.from_pretrained(base, {name})"
         )
     if task in SUPPORTED_TASKS:
-        return f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{name}")'
+        return f'from transformers import pipeline\n\nmodel = pipeline("{task}", model={name})'
     kind = kind if hasattr(transformers, kind) else "AutoModel"
     return (
-        f'from transformers import AutoTokenizer, {kind}\n\ntokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        + (f'model = {kind}.from_pretrained("{name}")')
+        f"from transformers import AutoTokenizer, {kind}\n\ntokenizer = AutoTokenizer.from_pretrained({name})\n"
+        f"model = {kind}.from_pretrained({name})"
     )
 
 
@@ -283,8 +291,10 @@ def _evaluated_on(trainer: Any, summary: TrainingSummary) -> str:
 
 
 def _split(trainer: Any) -> str | None:
-    split = getattr(trainer.eval_dataset, "split", None)
-    return str(split) if split is not None else None
+    """The split that was evaluated on. Local files are called "train" where nobody gave them another name."""
+    split, info = getattr(trainer.eval_dataset, "split", None), getattr(trainer.eval_dataset, "info", None)
+    from_files = info is not None and info.builder_name is not None and info.builder_name == info.dataset_name
+    return None if split is None or (from_files and str(split) == "train") else str(split)
 
 
 def _peft_config(trainer: Any) -> Any:
@@ -295,7 +305,8 @@ def _peft_config(trainer: Any) -> Any:
 
 def _tags_in(card: Path) -> list[str]:
     """Tags of a card that is there already, such as the one PEFT writes on saving."""
-    return _listed(ModelCard.load(card).data.get("tags")) if card.is_file() else []
+    tags = _listed(ModelCard.load(card).data.get("tags")) if card.is_file() else []
+    return [tag for tag in tags if not tag.startswith("base_model:") or _is_repository(tag.rpartition(":")[2])]
 
 
 def _libraries(adapter: Any) -> Sequence[str]:
@@ -317,4 +328,14 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _escaped(value)
+
+
+def _escaped(value: Any) -> str:
+    """A value as text on one line of Markdown: no HTML, and no end of a table's cell."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|")
+
+
+def _literal(name: Any) -> str:
+    """A name as a string in Python code."""
+    return json.dumps(str(name), ensure_ascii=False)

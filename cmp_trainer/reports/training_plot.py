@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cmp_trainer.saving.files import warned_where_unwritable, written_whole
+
 _DASHES = ("-", "--", "-.", ":")
 
 
@@ -57,11 +59,10 @@ class TrainingPlot(TrainerCallback):
             return
         self._drawn_at = time.monotonic()
         file = Path(self.file or Path(str(args.output_dir), "training_plot.png"))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partly = file.with_name(f"_{file.name}")  # a viewer never sees half a picture, a push never takes one along
         is_regression = getattr(getattr(model, "config", None), "problem_type", None) == "regression"
-        plot_training(state.log_history, None if is_regression else self.loss_unit).savefig(partly, format="png")
-        partly.replace(file)
+        figure = plot_training(state.log_history, None if is_regression else self.loss_unit)
+        with warned_where_unwritable(f"the plot {file}"), written_whole(file) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 class VariantsInProgressBar(ProgressCallback):

@@ -1,130 +1,178 @@
-"""Which checkpoints are whole: a half-written or half-deleted one is never resumed from silently.
+"""Resume from complete checkpoints only.
 
 The Trainer writes a checkpoint file by file into its final folder, its own state last, and deletes old checkpoints
-(`save_total_limit`) file by file too. A run that is killed in between leaves a folder that looks like a checkpoint.
-A checkpoint was written to its end if its last file is there and complete; a save into a folder that exists takes
-that file away first. Nothing of it was deleted if it has the files that a list beside the folders, replaced in one
-move, names for it.
+(`save_total_limit`) file by file too. A run that is killed in between, or a disk that fills up, leaves a folder that
+looks like a checkpoint. Whether it is complete is decided by what is inside that folder alone:
+
+1. the Trainer's state is there and complete. A save into a folder that exists removes it first;
+2. no file of tensors is smaller than in `files_and_sizes.json`, a record that each save writes into its checkpoint;
+3. archives and safetensors end where they say they end, which holds for checkpoints of a plain Trainer too.
+
+The Trainer resumes without an optimizer, scheduler or random state, so their absence is a warning.
 """
 
 import json
 import logging
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
 
-
-FILE_LIST = "_files_of_checkpoints.json"
-"""The underscore keeps the list out of pushes to the Hub, which run in the background while it changes."""
-
-
-@contextmanager
-def being_written(checkpoint: Path, is_writer: bool) -> Iterator[None]:
-    """`checkpoint` counts as half-written until the Trainer has written its state; one process keeps the list."""
-    if is_writer:
-        (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        _list_files(checkpoint.parent)
-    yield
-    if is_writer:
-        _list_files(checkpoint.parent)
+RECORD = "files_and_sizes.json"
+_BINARY = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+_PARTS = {"optimizer": "optimizer", "scheduler": "learning rate scheduler", "rng_state": "random state"}
 
 
-class WholeCheckpoints(Trainer):
-    """A Trainer that never resumes silently from an incomplete checkpoint."""
+class RecordsCheckpoints(Trainer):
+    """A Trainer that never resumes silently from an incomplete checkpoint, where ablations are asked for."""
+
+    num_ablations: Any = 0
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Adds: an incomplete checkpoint is skipped (True) or rejected (a path)."""
-        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        resume_from: Any = resume_from_checkpoint
+        if self.num_ablations and resume_from:
+            resume_from = checkpoint_to_resume(resume_from, str(self.args.output_dir))
+            _warn_of_missing_parts(Path(resume_from))
+        return super().train(resume_from, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self.num_ablations:
+            return super()._save_checkpoint(model, trial)
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with being_written(checkpoint, is_writer=self.args.should_save):
+        with recorded(checkpoint, self.args.should_save, self.accelerator.wait_for_everyone):
             super()._save_checkpoint(model, trial)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # so that the state, which comes next, is the last file of all processes
+
+@contextmanager
+def recorded(checkpoint: Path, is_writer: bool, wait_for_everyone: Callable[[], None]) -> Iterator[None]:
+    """The body saves `checkpoint`, which counts as incomplete until then; one process records its files."""
+    if is_writer:
+        (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        (checkpoint / RECORD).unlink(missing_ok=True)
+    yield
+    wait_for_everyone()  # each process writes a random state, and some of them weights
+    if is_writer:
+        try:
+            sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in _files(checkpoint)}
+            (checkpoint / RECORD).write_text(json.dumps(sizes, indent=1))
+        except OSError as error:
+            logger.warning("the sizes of the files of %s could not be recorded: %s", checkpoint, error)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the save of this checkpoint came to its end and nothing of it was deleted since."""
-    files = _listed(checkpoint.parent).get(checkpoint.name, [])
-    return _is_json(checkpoint / TRAINER_STATE_NAME) and set(files) <= set(_files(checkpoint))
-
-
-def checkpoint_to_resume(resume_from: str | os.PathLike | bool | None, output_dir: str | None) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means, refused or passed over where it is half-written.
+def checkpoint_to_resume(resume_from: str | os.PathLike | bool, output_dir: str) -> str:
+    """The checkpoint that `resume_from_checkpoint` means: this path, or for True the newest complete one.
 
     Args:
-        resume_from: a checkpoint's path; True for the newest whole one of `output_dir`; None or False for none.
+        resume_from: a checkpoint's path, or True.
         output_dir: the run's folder.
 
     Raises:
-        ValueError: the path is no whole checkpoint, or there is none in `output_dir`.
+        ValueError: the path is no complete checkpoint, or there is none in `output_dir`. The message says why.
     """
-    if not resume_from:
-        return None
-    if isinstance(resume_from, (str, os.PathLike)):
-        if not is_whole(Path(resume_from)):
+    if not isinstance(resume_from, bool):
+        if fault := fault_of(Path(resume_from)):
             raise ValueError(
-                f"{resume_from} is not a whole checkpoint: its save was interrupted, files of it were deleted, or "
-                "it is no checkpoint of a Trainer. Resume from an earlier one, or pass True for the newest whole one."
+                f"Can't find a valid checkpoint at {os.fspath(resume_from)}: {fault}. Resume from another checkpoint, "
+                "or pass True for the newest complete one."
             )
         return os.fspath(resume_from)
-    found = _checkpoints(Path(output_dir or "."))
-    whole = next((checkpoint for checkpoint in found if is_whole(checkpoint)), None)
-    if whole is None:
-        names = ", ".join(checkpoint.name for checkpoint in found) or "none"
-        raise ValueError(
-            f"no whole checkpoint in {output_dir} (found: {names}); start without resume_from_checkpoint."
-        )
-    for half in found[: found.index(whole)]:
-        logger.warning(
-            "%s is not whole (its save or deletion was interrupted) and is passed over; resuming from %s.", half, whole
-        )
-    return str(whole)
+    faults: dict[Path, str] = {}
+    for checkpoint in checkpoints(Path(output_dir)):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            for skipped, reason in faults.items():
+                logger.warning("%s is incomplete (%s) and is skipped; resuming from %s.", skipped, reason, checkpoint)
+            return str(checkpoint)
+        faults[checkpoint] = fault
+    found = "; ".join(f"{half.name} is incomplete ({reason})" for half, reason in faults.items())
+    raise ValueError(
+        f"No valid checkpoint found in output directory ({output_dir})"
+        + (f": {found}. Remove what is incomplete and " if found else ". To begin a training, ")
+        + "start without resume_from_checkpoint."
+    )
 
 
-def _listed(folder: Path) -> dict[str, list[str]]:
-    """The files of each whole checkpoint of a run's folder."""
-    file = folder / FILE_LIST
-    return json.loads(file.read_text()) if file.is_file() else {}
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders named `checkpoint-<step>`, newest first."""
+    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob("checkpoint-*")}
+    found = {path: int(step) for path, step in steps.items() if step.isdecimal() and path.is_dir()}
+    return sorted(found, key=lambda path: found[path], reverse=True)
 
 
-def _list_files(folder: Path) -> None:
-    """Bring the list up to date: whole checkpoints are put on it, others taken off."""
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {checkpoint.name: _files(checkpoint) for checkpoint in _checkpoints(folder) if is_whole(checkpoint)}
-    draft = folder / f"{FILE_LIST}.draft"
-    draft.write_text(json.dumps(whole, indent=1))
-    os.replace(draft, folder / FILE_LIST)
+def fault_of(checkpoint: Path) -> str | None:
+    """Why a training cannot be resumed from this checkpoint; None if it can."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return f"{TRAINER_STATE_NAME}, which is written last, is missing: its save was interrupted"
+    if not isinstance(_content(checkpoint / TRAINER_STATE_NAME), dict):
+        return f"{TRAINER_STATE_NAME}, which is written last, is damaged: its save was interrupted"
+    sizes = _recorded_sizes(checkpoint)
+    lost = [name for name in sizes if _is_weights(Path(name)) and not (checkpoint / name).is_file()]
+    if lost:
+        return f"{lost[0]} was deleted"
+    for file in _files(checkpoint):
+        name = str(file.relative_to(checkpoint))
+        if _is_truncated(file, sizes.get(name, 0)):
+            return f"{name} is truncated"
+    return None
 
 
-def _is_json(file: Path) -> bool:
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != RECORD)
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix == ".safetensors" or (file.suffix == ".bin" and "model" in file.name)
+
+
+def _is_truncated(file: Path, recorded_size: int) -> bool:
+    """Whether one of the files that a training resumes from ends too early, by its record or by what it begins."""
+    if file.suffix == ".json":
+        return _content(file) is None
+    if file.suffix not in _BINARY or file.name == TRAINING_ARGS_NAME:
+        return False  # texts may be edited, and the arguments are not read
+    if file.stat().st_size < max(recorded_size, 1):
+        return True
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return False
+        except SafetensorError:
+            return True
+    with file.open("rb") as opened:
+        is_archive = opened.read(2) == b"PK"
+    return is_archive and not zipfile.is_zipfile(file)  # the list of what an archive of torch.save holds is at its end
+
+
+def _recorded_sizes(checkpoint: Path) -> dict[str, int]:
+    """Empty where there is no record, or one that was damaged."""
+    sizes = _content(checkpoint / RECORD)
+    return {name: size for name, size in sizes.items() if isinstance(size, int)} if isinstance(sizes, dict) else {}
+
+
+def _content(file: Path) -> Any:
+    """What a JSON file holds; None where it cannot be read."""
     try:
-        json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return True
+        return None
 
 
-def _files(checkpoint: Path) -> list[str]:
-    return sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True)
-
-
-def _step(checkpoint: Path) -> int:
-    suffix = checkpoint.name.rpartition("-")[2]
-    return int(suffix) if suffix.isdigit() else -1
+def _warn_of_missing_parts(checkpoint: Path) -> None:
+    names = [path.name for path in checkpoint.iterdir()]
+    if any(name.startswith("global_step") for name in names):
+        return  # DeepSpeed keeps all parts there
+    missing = [what for part, what in _PARTS.items() if not any(name.startswith(part) for name in names)]
+    if missing:
+        logger.warning("%s holds no %s: each of them starts anew.", checkpoint, ", no ".join(missing))

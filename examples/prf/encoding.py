@@ -27,6 +27,7 @@ from reformulators import Reformulator
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from cmp_trainer.saving.files import written_whole
 from cmp_trainer.scripting import check_launch
 
 BLOCK_SIZE = 1_024
@@ -59,7 +60,8 @@ class EncodingCard:
             )
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        with written_whole(path) as file:
+            file.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 class EncodedCorpus:
@@ -254,12 +256,11 @@ def block_path(folder: Path, card: EncodingCard, number: int) -> Path:
 
 
 def save_block(path: Path, block: Vectors) -> None:
-    partial = path.with_name("partial-" + path.name)
-    if isinstance(block, np.ndarray):
-        np.save(partial, block)
-    else:
-        sp.save_npz(partial, block, compressed=False)
-    partial.replace(path)
+    with written_whole(path) as file:
+        if isinstance(block, np.ndarray):
+            np.save(file, block)
+        else:
+            sp.save_npz(file, block, compressed=False)
 
 
 def load_block(path: Path) -> Vectors:

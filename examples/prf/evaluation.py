@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike
 from scipy.stats import ttest_rel
 from trec_runs import Run
 
+from cmp_trainer.saving.files import written_whole
+
 SMALL_CORPUS = 100_000
 TIE = 1e-9  # scores are sums of rounded numbers
 
@@ -143,9 +145,8 @@ class CollectionResult:
 
 def save_results(results: Mapping[str, CollectionResult], settings: Mapping[str, object], path: Path) -> None:
     content = {"settings": settings, "collections": {name: asdict(result) for name, result in results.items()}}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content) + "\n")
-    partial.replace(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(content) + "\n")
 
 
 def load_results(path: Path) -> tuple[dict[str, CollectionResult], dict[str, object]]:

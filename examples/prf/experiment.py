@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class Experiment:
         self.passages = loaded[0].passages
         if any(one.passages is not self.passages for one in loaded[1:]):
             raise ValueError("the collections have different corpora; train and test in one corpus at a time")
+        check_file_names([one.name for one in self.tests])
         encoder = data_args.passage_encoder or data_args.model_name_or_path
         self.tokenizer, self.passage_tokenizer = (
             load_pretrained(AutoTokenizer, name, ModelArguments(name))
@@ -219,6 +222,13 @@ def is_reformulator(name: str, kind: Any) -> bool:
 def digest(queries: dict[str, str]) -> str:
     """Of ids and texts: a run of other queries is not taken for one of these."""
     return hashlib.sha256(json.dumps(queries).encode()).hexdigest()[:8]
+
+
+def check_file_names(collections: Sequence[str]) -> None:
+    """Raises ValueError where the results of two collections would be written to one file."""
+    counts = Counter(map(file_name, collections))
+    if same := [name for name in collections if counts[file_name(name)] > 1]:
+        raise ValueError(f"the results of {' and '.join(same)} would have the same file names; rename one of them")
 
 
 def file_name(collection: str) -> str:

@@ -24,6 +24,8 @@ from encoding import EncodedCorpus, Vectors
 from tqdm.auto import tqdm
 from trec_runs import Run, run_from_rows
 
+from cmp_trainer.saving.files import written_whole
+
 SEARCH_BATCH = 256
 TRAINING_VECTORS = 1_000_000  # of an IVF or PQ index; FAISS takes at most 256 for each centroid
 
@@ -48,7 +50,8 @@ class DenseIndex:
             check_card(card_path, card)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            card_path.write_text(json.dumps(card, indent=1) + "\n")  # first: an index is never without its card
+            with written_whole(card_path) as file:  # first: an index is never without its card
+                file.write_text(json.dumps(card, indent=1) + "\n")
             build_index(corpus, path, factory)
         self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         if self.index.ntotal != len(corpus) or self.index.d != corpus.card.dimension:
@@ -81,7 +84,8 @@ class SparseIndex:
             check_card(card_path, card)
         else:
             build_postings(corpus, folder)
-            card_path.write_text(json.dumps(card, indent=1) + "\n")
+            with written_whole(card_path) as file:
+                file.write_text(json.dumps(card, indent=1) + "\n")
         data, indices, indptr = (
             np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("data", "indices", "indptr")
         )
@@ -161,9 +165,8 @@ def build_index(corpus: EncodedCorpus, path: Path, factory: str) -> None:
         index.train(np.ascontiguousarray(corpus.rows(np.sort(sample)), dtype=np.float32))
     for block in tqdm(corpus.blocks(), desc=f"indexing ({factory})", unit="block"):
         index.add(np.ascontiguousarray(block, dtype=np.float32))
-    partial = path.with_name("partial-" + path.name)
-    faiss.write_index(index, str(partial))
-    partial.replace(path)
+    with written_whole(path) as file:
+        faiss.write_index(index, str(file))
 
 
 def build_postings(corpus: EncodedCorpus, folder: Path) -> None:
@@ -171,7 +174,8 @@ def build_postings(corpus: EncodedCorpus, folder: Path) -> None:
     postings: Any = sp.hstack([block.T.tocsr() for block in corpus.blocks()], format="csr")
     postings.sort_indices()
     for part in ("data", "indices", "indptr"):
-        np.save(folder / f"{part}.npy", getattr(postings, part))
+        with written_whole(folder / f"{part}.npy") as file:
+            np.save(file, getattr(postings, part))
 
 
 def set_depth(index: faiss.Index, depth: int) -> None:

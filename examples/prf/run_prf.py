@@ -27,7 +27,7 @@ from sklearn.model_selection import KFold
 from trec_runs import Run
 
 from cmp_trainer import CmpTrainingArguments
-from cmp_trainer.saving.checkpoints import is_whole
+from cmp_trainer.saving.checkpoints import checkpoints, fault_of
 from cmp_trainer.scripting import parse_arguments, plain_errors, run, set_up
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def run_folds(experiment: Experiment, args: CmpTrainingArguments) -> dict[str, C
     for fold, (train, test) in enumerate(folds):
         folder = Path(str(args.output_dir)) / f"fold-{fold}"
         fold_args = replace(args, output_dir=str(folder), seed=args.seed + fold)
-        begun = folder.is_dir() and any(is_whole(checkpoint) for checkpoint in folder.glob("checkpoint-*"))
+        begun = any(fault_of(checkpoint) is None for checkpoint in checkpoints(folder))
         fold_args.resume_from_checkpoint = "true" if begun else None
         parts = [collection.subset(names[part]) for part in (train, test)]
         trained, tested = ((part, {query: first_pass[query] for query in part.queries}) for part in parts)
@@ -103,9 +103,8 @@ def report(results: dict[str, CollectionResult], folder: Path, settings: dict) -
     for name, result in results.items():
         table = comparison_table({"reformulated": result})
         print(f"\n{name}, {len(result.queries)} queries\n\n{table}")
-        path = folder / file_name(name)
-        path.with_suffix(".md").write_text(table + "\n")
-        plot_curves({"reformulated": result}, path.with_suffix(".png"), title=name)
+        (folder / f"{file_name(name)}.md").write_text(table + "\n")
+        plot_curves({"reformulated": result}, folder / f"{file_name(name)}.png", title=name)
 
 
 if __name__ == "__main__":

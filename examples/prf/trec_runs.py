@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from cmp_trainer.saving.files import written_whole
+
 logger = logging.getLogger(__name__)
 Run = dict[str, list[tuple[str, float]]]
 
@@ -36,16 +38,12 @@ def read_run(path: str | Path) -> Run:
 
 def write_run(run: Run, path: str | Path, tag: str) -> None:
     """Write a run with ranks from 1. Scores keep nine digits: enough to tell single-precision numbers apart."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     check_words(tag)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for query, ranked in run.items():
             for rank, (document, score) in enumerate(ranked, start=1):
                 check_words(query, document)
                 file.write(f"{query} Q0 {document} {rank} {score:.9g} {tag}\n")
-    partial.replace(path)  # an interrupted write leaves no half run behind
 
 
 def parse_line(line: str, path: str | Path, number: int) -> tuple[str, str, int, float]:
