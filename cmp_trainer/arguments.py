@@ -4,6 +4,7 @@ Invalid values and combinations are rejected here, before anything is loaded, wi
 its value and the fix.
 """
 
+import copy
 import math
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from cmp_trainer.losses.comparative import ComparativeLoss, NamedBaseline, Prima
 
 Objective = Literal["comparative", "regularized"]
 ForwardChoice = Literal["auto", "sequential", "stacked"]
+_SECRETS = ("hub_token", "push_to_hub_token")  # the second in transformers 4 only
 
 
 @dataclass
@@ -188,6 +190,20 @@ class CmpTrainingArguments(TrainingArguments):
         if self.cmp_num_ablations:
             _reject_plain_trainer(self.cmp_num_ablations, sys._getframe(1).f_locals.get("self"))
         return super().n_gpu
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token of the Hub, which is nothing for those who get training_args.bin."""
+        return {**vars(self), **{name: None for name in _SECRETS if name in vars(self)}}
+
+    def __copy__(self) -> "CmpTrainingArguments":
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CmpTrainingArguments":
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
 
 @dataclass

@@ -9,6 +9,7 @@ all messages that apply are raised together.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,13 @@ def _dropout_switched_off(trainer: Any) -> str | None:
     )
 
 
+def _unknown_processes(trainer: Any) -> str | None:
+    try:
+        check_launch(trainer.args.world_size)
+    except ValueError as error:
+        return str(error)
+
+
 TRAINER_CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _data_parallel,
     _two_loss_functions,
@@ -145,7 +153,23 @@ TRAINER_CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _parallelism,
     _attention_of_trainer,
     _dropout_switched_off,
+    _unknown_processes,
 )
+
+
+def check_launch(known: int) -> None:
+    """Raises ValueError where more processes were launched than the `known` ones, which share the work and its files.
+
+    accelerate takes a CPU for one of several only where it is told to use it: by `--use_cpu`, or by
+    `PartialState(cpu=True)` in a script of your own.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > known:
+        raise ValueError(
+            f"{launched} processes were launched, but this one knows of {known} and would do all the work of the "
+            "others again; on a machine without GPUs give --use_cpu true (in a script of your own, begin with "
+            "PartialState(cpu=True))"
+        )
 
 
 def check_ablations(ablations: Sequence[Any]) -> None:

@@ -5,24 +5,39 @@ Each command is a parser and a function; what a command needs is imported when i
 """
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
+
+from cmp_trainer.errors import is_from_cmp_trainer
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name; those of this process when None."""
-    parsed = make_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parsed_run(words) if words[:1] == ["run"] else make_parser().parse_args(words)
     parsed.command(parsed)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `command` of what it parses is the function that runs."""
-    parser = argparse.ArgumentParser(prog="cmp-trainer", description="Comparative loss for the Hugging Face Trainer.")
+    parser = _Parser(prog="cmp-trainer", description="Comparative loss for the Hugging Face Trainer.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_run(commands)
     _add_curve(commands)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage above them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -54,15 +69,39 @@ class _OneSpelling(argparse.HelpFormatter):
         return invocation.partition(", --cmp-")[0] if invocation.startswith("--cmp_") else invocation
 
 
+def _parsed_run(words: list[str]) -> argparse.Namespace:
+    from cmp_trainer.run import require_known, until_dashes
+
+    words, of_script = until_dashes(words)  # argparse would drop the first `--`
+    with _errors_in_one_line():
+        require_known(words)
+    parsed = make_parser().parse_args(words)
+    parsed.arguments += of_script
+    return parsed
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Exit with 2 where the command line is at fault, with 1 where cmp_trainer rejects what the script does."""
+    from cmp_trainer.run import NothingComparedError, UsageError
+
+    try:
+        yield
+    except (ValueError, NothingComparedError) as error:
+        if not isinstance(error, (UsageError, NothingComparedError)) and not is_from_cmp_trainer(error):
+            raise
+        logger.debug("the error came from here", exc_info=True)
+        print(f"cmp-trainer run: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+
+
 def _run(parsed: argparse.Namespace) -> None:
-    from cmp_trainer.run import NothingComparedError, UsageError, run_script
+    from cmp_trainer.run import run_script
 
     given = {name: value for name, value in vars(parsed).items() if name.startswith("cmp_")}
     try:
-        run_script(parsed.script, parsed.arguments, given)
-    except (UsageError, NothingComparedError) as error:
-        print(f"cmp-trainer run: error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        with _errors_in_one_line():
+            run_script(parsed.script, parsed.arguments, given)
     except SystemExit as stop:
         if stop.code in (None, 0):
             _leave_process_group()

@@ -1,6 +1,7 @@
 """Run an existing Hugging Face script with comparative loss behind its Trainer.
 
-While the script runs,
+The script runs as `python script.py …` runs it: as the module `__main__`, with its own folder first in `sys.path`, its
+own command line, and its own errors and exit status. While it runs,
 
 1. `Trainer`, `TrainingArguments` and their Seq2Seq forms, wherever transformers keeps them, are CmpTrainer and
    CmpTrainingArguments;
@@ -13,17 +14,20 @@ removed from `sys.modules`, so that a later import builds them on the original o
 """
 
 import argparse
+import builtins
 import ctypes
 import dataclasses
 import difflib
 import functools
 import logging
 import multiprocessing
+import os
 import re
-import runpy
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.machinery import SourceFileLoader
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
@@ -80,9 +84,9 @@ def run_script(
     given, own_arguments = split_arguments(arguments)
     given = {**(cmp_arguments or {}), **given}
     exit_of_script = None
-    with replaced_trainers(), _watched(given) as watch, _command_line(script, own_arguments):
+    with replaced_trainers(), _watched(given) as watch, _command_line(script, own_arguments), _main(script) as module:
         try:
-            script_globals = runpy.run_path(script, run_name="__main__")
+            exec(compile(Path(script).read_bytes(), module.__file__ or script, "exec"), vars(module))
         except SystemExit as stop:
             if stop.code not in (None, 0):
                 raise
@@ -92,7 +96,7 @@ def run_script(
         watch.require_comparison()
     if exit_of_script is not None:
         raise exit_of_script
-    return script_globals
+    return vars(module)
 
 
 def _require_python_script(script: str) -> None:
@@ -143,20 +147,34 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]
     """Take the comparative arguments out of a command line.
 
     Returns:
-        The values of those that were given, by field name, and the remaining arguments in their order.
+        The values of those that were given, by field name, and the remaining arguments in their order: all that come
+        after `--` are among them.
 
     Raises:
         UsageError: a value is invalid, or there is no such `--cmp_…` argument; names the one with the nearest name.
     """
-    parser = cmp_parser()
-    values, rest = parser.parse_known_args(list(arguments))
-    for word in rest:
-        if mistyped := re.fullmatch(r"(--?cmp[_-]([\w-]*))(=.*)?", word):
-            known = [action.dest.removeprefix("cmp_") for action in parser._actions]
-            nearest = difflib.get_close_matches(mistyped[2].replace("-", "_"), known, n=1)
+    before, after = until_dashes(arguments)
+    require_known(before)
+    values, rest = cmp_parser().parse_known_args(before)
+    return vars(values), [*rest, *after]
+
+
+def until_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before the first `--`, and the words from it on."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:end]), list(arguments[end:])
+
+
+def require_known(words: Sequence[str]) -> None:
+    """Raises a UsageError where a word looks like an argument of comparative loss and is none."""
+    known = {option for action in cmp_parser()._actions for option in action.option_strings}
+    for word in words:
+        mistyped = re.fullmatch(r"(--?cmp[_-]([\w-]*))(=.*)?", word)
+        if mistyped and mistyped[1] not in known:
+            names = [option.removeprefix("--cmp_") for option in known]
+            nearest = difflib.get_close_matches(mistyped[2].replace("-", "_"), names, n=1)
             hint = f"did you mean --cmp_{nearest[0]}?" if nearest else "cmp-trainer run --help lists them"
             raise UsageError(f"{mistyped[1]} is not an argument of comparative loss; {hint}")
-    return vars(values), rest
 
 
 @contextmanager
@@ -190,14 +208,31 @@ def _holds_replacement(module: Any) -> bool:
 
 @contextmanager
 def _command_line(script: str, arguments: Sequence[str]) -> Iterator[None]:
-    """`sys.argv` and the first entry of `sys.path` as `python script arguments…` sets them."""
+    """`sys.argv` and the first entry of `sys.path` as `python script arguments…` sets them.
+
+    Under PYTHONSAFEPATH (`python -P`) Python puts no folder of the script's there.
+    """
     argv, path = sys.argv, sys.path[:]
     sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).resolve().parent)
+    if not getattr(sys.flags, "safe_path", False):  # from Python 3.11 on
+        sys.path[0] = str(Path(script).resolve().parent)
     try:
         yield
     finally:
         sys.argv, sys.path[:] = argv, path
+
+
+@contextmanager
+def _main(script: str) -> Iterator[types.ModuleType]:
+    """A new module `__main__`, by which child processes and pickles find what the script defines."""
+    before, module = sys.modules["__main__"], types.ModuleType("__main__")
+    file = os.path.abspath(script)
+    vars(module).update(__file__=file, __loader__=SourceFileLoader("__main__", file), __builtins__=builtins)
+    sys.modules["__main__"] = module
+    try:
+        yield module
+    finally:
+        sys.modules["__main__"] = before
 
 
 @contextmanager

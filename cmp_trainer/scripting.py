@@ -27,7 +27,6 @@ import dataclasses
 import difflib
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +43,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
+from cmp_trainer.checks import check_launch
+from cmp_trainer.errors import first_line, is_disk_fault, is_from_cmp_trainer, origin
 from cmp_trainer.saving.checkpoints import checkpoint_to_resume, checkpoints, fault_of
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,13 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
+}
+
+# Which extra of this package brings a module that the core does not need.
+EXTRAS = {
+    **dict.fromkeys(("evaluate", "sklearn", "scipy", "torchmetrics"), "examples"),
+    "matplotlib": "plot",
+    **dict.fromkeys(("bm25s", "faiss", "ir_datasets", "ir_measures"), "prf"),
 }
 
 
@@ -120,26 +128,41 @@ class DataArguments:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the program with one line, not a traceback, when the input is at fault.
+    """End the program with one line, not a traceback, where the person who started it can do something about it.
 
-    A ValueError raised by cmp_trainer, by the script or by a module beside it is addressed to the person who called
-    it: its message goes to stderr and the exit status is 2. Everything else, a bug for instance, keeps its traceback.
+    - A ValueError that cmp_trainer, the script or a module beside it raises: its message, exit status 2.
+    - A missing package of an extra (around the imports of a script): what to install, exit status 2.
+    - A disk that is full or cannot be written: exit status 1. Ctrl-C: exit status 130, as in a shell. The log says
+      from which checkpoint the training can be resumed.
+
+    Everything else, a bug for instance, keeps its traceback.
     """
     try:
         yield
-    except ValueError as error:
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        origin = frame.tb_frame.f_globals if frame is not None else {}
-        module, folder = origin.get("__name__", ""), Path(origin.get("__file__", "")).parent
-        script = getattr(sys.modules["__main__"], "__file__", None)
-        is_beside = script is not None and folder.resolve() == Path(script).resolve().parent
-        if module != "__main__" and module.split(".")[0] != "cmp_trainer" and not is_beside:
+    except (Exception, KeyboardInterrupt) as error:
+        told = _in_one_line(error)
+        if told is None:
             raise
+        message, status = told
         logger.debug("the error came from here", exc_info=True)
-        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, also under a progress bar
-        raise SystemExit(2) from error
+        tqdm.write(message, file=sys.stderr)  # on a line of its own, also under a progress bar
+        raise SystemExit(status) from error
+
+
+def _in_one_line(error: BaseException) -> tuple[str, int] | None:
+    """The line for an error that is told in one, and the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get(str(error.name).partition(".")[0])):
+        return f"error: {error.name} is not installed; pip install 'cmp-trainer[{extra}]'", 2
+    if is_disk_fault(error):
+        return f"error: {first_line(error)}. Free some space or pass another --output_dir", 1
+    module, folder = origin(error)
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    is_script = module == "__main__" or (script is not None and folder == Path(script).resolve().parent)
+    return (
+        (f"error: {error}", 2) if isinstance(error, ValueError) and (is_script or is_from_cmp_trainer(error)) else None
+    )
 
 
 def parse_arguments(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -207,21 +230,6 @@ def set_up(args: TrainingArguments) -> None:
         raise ValueError(f"{folder} already holds {names}; pass {way_on}another --output_dir")
 
 
-def check_launch(known: int) -> None:
-    """Raises ValueError where more processes were launched than the `known` ones, which share the work and its files.
-
-    accelerate takes a CPU for one of several only where it is told to use it: by `--use_cpu`, or by
-    `PartialState(cpu=True)` in a script of your own.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != known:
-        raise ValueError(
-            f"{launched} processes were launched, but this one knows of {known} and would do all the work of the "
-            "others again; on a machine without GPUs give --use_cpu true (in a script of your own, begin with "
-            "PartialState(cpu=True))"
-        )
-
-
 def load_splits(data_args: DataArguments) -> dict[str, Dataset]:
     """The splits of a dataset by name: the local files where any are given, otherwise the dataset on the Hub.
 
@@ -240,7 +248,7 @@ def load_splits(data_args: DataArguments) -> dict[str, Dataset]:
     except (OSError, ValueError) as error:  # not found, no access, no network; no such configuration
         raise ValueError(
             f"--dataset_name {data_args.dataset_name} {data_args.dataset_config_name or ''} could not be loaded "
-            f"({_first_line(error)}). Without network, or with data of your own, pass local files: {options}"
+            f"({first_line(error)}). Without network, or with data of your own, pass local files: {options}"
         ) from error
     assert isinstance(splits, DatasetDict)
     return {str(split): dataset for split, dataset in splits.items()}
@@ -329,7 +337,7 @@ def load_pretrained(auto_class: Any, name: str, model_args: ModelArguments, **kw
         )
     except OSError as error:
         raise ValueError(
-            f"{name!r} could not be loaded ({_first_line(error)}). Without network pass "
+            f"{name!r} could not be loaded ({first_line(error)}). Without network pass "
             "--model_name_or_path the folder of a saved model"
         ) from error
 
@@ -452,11 +460,7 @@ def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f" (did you mean {' or '.join(prefix + match for match in near)}?)" if near else ""
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return _first_line(error)
+    return first_line(error)

@@ -28,6 +28,7 @@ from cmp_trainer.reports.ablated_evaluation import EvaluatesVariants
 from cmp_trainer.reports.model_card import write_model_card
 from cmp_trainer.reports.training_plot import show_variants_in_progress_bar
 from cmp_trainer.saving.checkpoints import RecordsCheckpoints
+from cmp_trainer.saving.interruptions import says_what_is_saved
 from cmp_trainer.saving.pushing import ReportsPushes
 from cmp_trainer.step import ComparativeStep, bare_model
 
@@ -116,7 +117,7 @@ class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
         if not self.num_ablations and self.hp_search_backend is None:
             logger.warning("comparative loss is off (--cmp_num_ablations 0): training as the plain Trainer does.")
         self._step = None
-        with shadowed(self, training_step=self._outermost_training_step):
+        with says_what_is_saved(self), shadowed(self, training_step=self._outermost_training_step):
             output = super().train(*args, **kwargs)
         if self.num_ablations and self._step is not None:
             self._step.check_end()

@@ -97,9 +97,53 @@ def test_the_exit_code_of_the_script_is_kept(tmp_path, capsys):
     assert "--cmp_num_ablations" in capsys.readouterr().out
 
 
-def test_a_bad_argument_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="--cmp_num_crops 3 is more than --cmp_num_ablations 2"):
-        run(tmp_path, "--cmp_num_ablations", "2", "--cmp_num_crops", "3")
+def one_line_of_error(capsys, status, *words):
+    """The only line that a command writes to stderr before it ends with this status."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(map(str, words)))
+    assert stop.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_bad_combination_is_an_error_of_one_line_before_training(tmp_path, capsys):
+    words = ["run", SCRIPT, "--output_dir", tmp_path, *QUIET, "--cmp_num_ablations", 2, "--cmp_num_crops", 3]
+    line = one_line_of_error(capsys, 1, *words)
+    assert line.startswith("cmp-trainer run: error: --cmp_num_crops 3 is more than --cmp_num_ablations 2")
+
+
+def test_what_is_rejected_on_the_first_step_is_an_error_of_one_line(tmp_path, capsys):
+    words = ["--output_dir", tmp_path, *QUIET, "--cmp_num_ablations", 1, "--no_dropout"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(map(str, ["run", SCRIPT, *words])))
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("cmp-trainer run: error: the model makes 5 drop")
+
+
+def test_a_value_error_of_the_script_keeps_its_traceback(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("int('two')\n")
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["run", str(script), "--cmp_num_ablations", "2"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("curve m --data f --seeds two", "cmp-trainer curve: error: argument --seeds: invalid int value: 'two'"),
+        ("curve", "cmp-trainer curve: error: the following arguments are required: MODEL, --data/--data_file"),
+        ("run", "cmp-trainer run: error: the following arguments are required: script"),
+        ("run --", "cmp-trainer run: error: the following arguments are required: script"),
+        ("train script.py", "cmp-trainer: error: argument COMMAND: invalid choice: 'train'"),
+        ("run --cmp_num_ablation 2 script.py", "did you mean --cmp_num_ablations?"),
+        (
+            "run --cmp_num_ablations two script.py",
+            "argument --cmp_num_ablations/--cmp-num-ablations: invalid int value",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_an_error_of_one_line(words, message, capsys):
+    assert message in one_line_of_error(capsys, 2, *words.split())
 
 
 def test_help_of_run_lists_the_arguments_of_comparative_loss(capsys):
@@ -164,6 +208,15 @@ def test_values_of_other_arguments_are_left_alone():
     given, rest = split_arguments(["config.json", "--cmp_low_memory", "--prompt", "--cmp_x is", "-1", "--", "--lr"])
     assert given == {"cmp_low_memory": True}
     assert rest == ["config.json", "--prompt", "--cmp_x is", "-1", "--", "--lr"]
+
+
+@pytest.mark.parametrize("words", ["-- a", "a --", "a -- b -- c", "--x 1 -- --cmp_num_ablations 7 --cmp_odd", "--"])
+def test_dashes_reach_the_script_with_all_that_follows(words, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nwords = sys.argv[1:]\n")
+    assert run_script(str(script), words.split())["words"] == words.split()
+    script.write_text(f"import sys\nassert sys.argv[1:] == {words.split()}, sys.argv\n")
+    cli.main(["run", "--cmp_num_ablations", "0", str(script), *words.split()])
 
 
 def subprocess_of(command, output_dir):

@@ -237,6 +237,67 @@ def test_a_script_that_fails_ends_as_under_python(ending, tmp_path):
     assert replaced.stderr.splitlines()[-len(frames) :] == frames
 
 
+WHO_AM_I = """
+import json, os, sys, warnings
+os.chdir("/")
+main = sys.modules["__main__"]
+found = {
+    "file": __file__, "name": __name__, "spec": __spec__, "package": __package__, "doc": __doc__, "argv": sys.argv,
+    "path": sys.path, "loader": type(__loader__).__name__, "is main": vars(main) is globals(),
+    "builtins": type(__builtins__).__name__,
+}
+warnings.warn("shown only in __main__", DeprecationWarning)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("settings", [{}, {"PYTHONSAFEPATH": "1"}, {"PYTHONPATH": "/somewhere:/else"}], ids=str)
+@pytest.mark.parametrize("script", ["script.py", "folder/linked.py", "no_suffix"])
+def test_a_script_finds_itself_as_under_python(settings, script, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "folder").mkdir()
+    for file in ("script.py", "real/script.py", "no_suffix"):
+        (tmp_path / file).write_text(f"#!/usr/bin/env python3\n{WHO_AM_I}")
+    (tmp_path / "folder" / "linked.py").symlink_to(tmp_path / "real" / "script.py")
+    environment = {**os.environ, **settings}
+    ways = [[], ["-m", "cmp_trainer.cli", "run"]]
+    plain, ours = (
+        subprocess.run(
+            [sys.executable, *way, script, "a", "--b"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        for way in ways
+    )
+    assert plain.returncode == 0, plain.stderr
+    assert json.loads(ours.stdout) == json.loads(plain.stdout)
+    assert "DeprecationWarning: shown only in __main__" in plain.stderr and plain.stderr in ours.stderr
+
+
+def test_child_processes_find_what_the_script_defines(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n\n\ndef square(number):\n    return number**2\n\n\n"
+        "if __name__ == '__main__':\n    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.map(square, [2, 3]))\n"
+    )
+    done = subprocess_of(["-m", "cmp_trainer.cli", "run"], script)
+    assert (done.returncode, done.stdout) == (0, "[4, 9]\n"), done.stderr
+
+
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_signal_ends_a_run_as_it_ends_python(signal, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, signal, time\nos.kill(os.getpid(), signal.{signal})\ntime.sleep(60)\n")
+    plain, replaced = (subprocess_of(way, script) for way in ([], ["-m", "cmp_trainer.cli", "run"]))
+    assert replaced.returncode == plain.returncode < 0
+
+
+def test_processes_that_do_not_know_of_each_other_are_rejected(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it; on a CPU nothing connects them
+    with pytest.raises(SystemExit):
+        run(tmp_path, "default_arguments", "--cmp_num_ablations", "2")
+    assert "2 processes were launched, but this one knows of 1" in capsys.readouterr().err
+
+
 def test_children_that_are_forked_compare(tmp_path):
     words = [SCRIPT, tmp_path, "forked", "--cmp_num_ablations", "2"]
     done = subprocess_of(["-m", "cmp_trainer.cli", "run"], *words)

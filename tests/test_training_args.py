@@ -1,8 +1,10 @@
 """Arguments: from the command line, JSON and YAML, and what is refused."""
 
+import copy
 import json
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from cmp_trainer import (
@@ -14,6 +16,7 @@ from cmp_trainer import (
     RegularizedLoss,
     plan,
 )
+from tests.helpers import training_arguments
 
 GIVEN = {"cmp_num_ablations": 3, "cmp_num_crops": 1, "cmp_dropout_rates": [0.1, 0.3], "cmp_baseline": "0.5"}
 
@@ -94,3 +97,14 @@ def test_the_arguments_build_the_objective(tmp_path):
     assert args.cmp_objective_function == RegularizedLoss("mean", 0.5, 1.1, temperature=2.0)
     args = CmpTrainingArguments(output_dir=str(tmp_path), cmp_baseline="first", cmp_ranking="listwise")
     assert args.cmp_objective_function == ComparativeLoss("first", "listwise")
+
+
+@pytest.mark.parametrize("kind", [CmpTrainingArguments, CmpSeq2SeqTrainingArguments])
+def test_the_token_of_the_hub_is_used_and_copied_but_never_written(kind, tmp_path):
+    args = training_arguments(tmp_path, kind, hub_token="hf_secret", cmp_num_ablations=1)
+    assert {args.hub_token, copy.copy(args).hub_token, copy.deepcopy(args).hub_token} == {"hf_secret"}
+    assert copy.deepcopy(args).to_dict() == args.to_dict()
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (loaded.hub_token, loaded.cmp_num_ablations) == (None, 1)

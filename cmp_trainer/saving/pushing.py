@@ -16,6 +16,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from cmp_trainer.errors import causes, first_line
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +52,7 @@ class ReportsPushes(Trainer):
         self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if job not in ended]
         for error in (job.exception() for job in ended if not job.cancelled()):
             if error is not None:
-                logger.error("A checkpoint was not pushed: %s. %s", _first_line(error), _what_to_do(error, self))
+                logger.error("A checkpoint was not pushed: %s. %s", first_line(error), _what_to_do(error, self))
 
 
 @contextmanager
@@ -64,15 +66,15 @@ def _advice(what: str, trainer: Any) -> Iterator[None]:
 
 
 def _what_to_do(error: BaseException, trainer: Any) -> str:
-    status = next(filter(None, map(_status, _chain(error))), None)
+    status = next(filter(None, map(_status, causes(error))), None)
     if status in (401, 403):
         reason = (
             "The Hub does not accept the token: it has expired or may not write. Make one with write permission at "
-            "https://huggingface.co/settings/tokens and run `hf auth login`, or pass --hub_token."
+            "https://huggingface.co/settings/tokens and run `hf auth login`."
         )
     elif status is not None and status >= 500:
         reason = f"The Hub has a fault (HTTP {status}); try again later."
-    elif status is None and any("connect" in f"{type(cause).__name__} {cause}".lower() for cause in _chain(error)):
+    elif status is None and any("connect" in f"{type(cause).__name__} {cause}".lower() for cause in causes(error)):
         reason = "The Hub could not be reached; try again when there is a connection."
     else:
         reason = "The error below says why."
@@ -90,14 +92,3 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status that an error tells: the client's in its response, xet's in its text."""
     in_text = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
     return getattr(getattr(error, "response", None), "status_code", None) or (int(in_text[1]) if in_text else None)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what caused it, what caused that, …"""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -27,8 +27,8 @@ from reformulators import Reformulator
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from cmp_trainer.checks import check_launch
 from cmp_trainer.saving.files import written_whole
-from cmp_trainer.scripting import check_launch
 
 BLOCK_SIZE = 1_024
 Vectors = Any  # (rows, dimension): np.ndarray, or sp.csr_matrix of sparse encodings

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, HfArgumentPa
 class DataArguments:
     rows: int = field(default=16, metadata={"help": "How many examples to make"})
     fail: bool = field(default=False, metadata={"help": "Raise an error instead of training"})
+    no_dropout: bool = field(default=False, metadata={"help": "Train a model in which nothing drops"})
 
 
 class Tokens(Dataset):
@@ -34,7 +35,8 @@ def main() -> None:
         raise RuntimeError("the script failed")
     torch.manual_seed(args.seed)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, **sizes))
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if data_args.no_dropout else {}
+    model = BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, **sizes, **rates))
     data = Tokens(data_args.rows)
     trainer = AccuracyTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
     trainer.train()

@@ -1,0 +1,43 @@
+"""Which errors are told in one line: those that the person who started the program can do something about."""
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# torch and safetensors do not raise an OSError.
+_DISK_FAULTS_IN_WORDS = ("PytorchStreamWriter failed", "No space left on device", "Read-only file system")
+
+
+def origin(error: BaseException) -> tuple[str, Path]:
+    """The name of the module that raised the error, and the folder of its file."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_globals if trace is not None else {}
+    return where.get("__name__", ""), Path(where.get("__file__") or "").resolve().parent
+
+
+def is_from_cmp_trainer(error: BaseException) -> bool:
+    """Whether cmp_trainer raised the error, whose message then says what to do."""
+    return origin(error)[0].partition(".")[0] == "cmp_trainer"
+
+
+def is_disk_fault(error: BaseException) -> bool:
+    """Whether the error comes from a disk that is full or cannot be written."""
+    return any(
+        getattr(one, "errno", None) in _DISK_FAULTS or any(words in str(one) for words in _DISK_FAULTS_IN_WORDS)
+        for one in causes(error)
+    )
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, what caused that, …"""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its message; its type where it has none."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
