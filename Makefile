@@ -13,9 +13,10 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures cases_runs c
 	cropping dropout faults glue low_memory models_without_dropout other_randomness recompute run shares stacked step \
 	tasks trainer training_args variants versions ways_of_training))
 READY_OLDEST := $(VENV)-oldest/.ready
+READY_FLOOR := $(VENV)-floor/.ready
 READY_RECIPES := $(VENV)-recipes/.ready
 
-.PHONY: help env demo test test-oldest test-recipes lint format typecheck bench docs dist
+.PHONY: help env demo test test-oldest test-floor test-recipes lint format typecheck bench docs dist
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -36,11 +37,20 @@ test: $(READY) ## all tests
 $(READY_OLDEST): setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-oldest.txt \
-		-e '.[test-core]'
+		-e '.[test-core]' torch==2.13.0
 	touch $@
 
-test-oldest: $(READY_OLDEST) ## the core suite with the oldest libraries that setup.cfg allows
+test-oldest: $(READY_OLDEST) ## the core suite with the oldest libraries that setup.cfg allows, but for torch
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS) $(CORE_TESTS)
+
+$(READY_FLOOR): setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-oldest.txt \
+		-e '.[test-core]' torch==2.6.0
+	touch $@
+
+test-floor: $(READY_FLOOR) ## the same with the oldest torch, whose wheel brings several GB of CUDA
+	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest $(PYTEST_ARGS) $(CORE_TESTS)
 
 $(READY_RECIPES): setup.cfg constraints-recipes.txt
 	$(PYTHON) -m venv $(VENV)-recipes

@@ -8,6 +8,7 @@ curve_data.py, how rows become batches and what the metrics are.
 """
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,8 @@ from cmp_trainer.ablations.crop import SEGMENTS
 from cmp_trainer.arguments import CmpTrainingArguments
 from cmp_trainer.curve_data import TaskData, prepare, task_of
 from cmp_trainer.reports.curves import ablation_curve, as_text, measures, plot_curves
-from cmp_trainer.scripting import load_file, plain_errors, take_split
+from cmp_trainer.saving.files import written_whole
+from cmp_trainer.scripting import ModelArguments, load_file, load_pretrained, plain_errors, take_split
 from cmp_trainer.trainer import CmpTrainer
 
 
@@ -45,31 +47,30 @@ def run_curve(options: argparse.Namespace) -> None:
 
 
 def _measure(path: str, name: str, options: argparse.Namespace) -> pd.DataFrame:
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path!r} holds no saved model and tokenizer: {str(error).splitlines()[0]}") from error
+    model_args = ModelArguments(path)
+    config, tokenizer = (load_pretrained(kind, path, model_args) for kind in (AutoConfig, AutoTokenizer))
     rows = take_split({"data": load_file(Path(options.data), "data")}, "data", [], options.max_samples)
     task = options.task or task_of(config, rows)
     data = prepare(task, rows, tokenizer, config, options.columns, options.max_length)
     if options.metric is not None and options.metric not in data.metrics:
         raise ValueError(f"--metric {options.metric} is none of this task; it has {', '.join(data.metrics) or 'none'}")
-    model = getattr(transformers, _architecture(config, path)).from_pretrained(path)
-    trainer = CmpTrainer(
-        model=model,
-        args=_arguments(options, data),
-        eval_dataset=data.dataset,
-        data_collator=data.collator,
-        compute_metrics=data.compute_metrics,
-        processing_class=tokenizer,
-    )
-    return ablation_curve(trainer, drops=options.drops, seeds=range(options.seeds), model_name=name)
+    model = load_pretrained(getattr(transformers, _architecture(config, path)), path, model_args)
+    with tempfile.TemporaryDirectory() as folder:  # which a Trainer wants, and makes
+        trainer = CmpTrainer(
+            model=model,
+            args=_arguments(options, data, folder),
+            eval_dataset=data.dataset,
+            data_collator=data.collator,
+            compute_metrics=data.compute_metrics,
+            processing_class=tokenizer,
+        )
+        return ablation_curve(trainer, drops=options.drops, seeds=range(options.seeds), model_name=name)
 
 
-def _arguments(options: argparse.Namespace, data: TaskData) -> CmpTrainingArguments:
+def _arguments(options: argparse.Namespace, data: TaskData, folder: str) -> CmpTrainingArguments:
     crops = 1 if SEGMENTS in data.dataset.column_names else 0  # that there are any makes the trainer keep the column
     return CmpTrainingArguments(
-        output_dir="ablation_curve",  # nothing is written there
+        output_dir=folder,
         cmp_num_ablations=max(1, options.drops) + crops,
         cmp_num_crops=crops,
         cmp_dropout=options.dropout,
@@ -81,12 +82,14 @@ def _arguments(options: argparse.Namespace, data: TaskData) -> CmpTrainingArgume
 
 def _write(curve: pd.DataFrame, options: argparse.Namespace) -> None:
     output: Path = options.output
-    output.parent.mkdir(parents=True, exist_ok=True)
     files = [output.with_name(output.name + suffix) for suffix in (".csv", ".json", ".png")]
-    curve.to_csv(files[0], index=False)
-    curve.to_json(files[1], orient="records", indent=1, double_precision=15)
     unit = None if "pearson" in measures(curve) else "nats"  # losses of a regression are squares
-    plot_curves(curve, options.metric, unit).savefig(files[2])
+    with written_whole(files[0]) as file:
+        curve.to_csv(file, index=False)
+    with written_whole(files[1]) as file:
+        curve.to_json(file, orient="records", indent=1, double_precision=15)
+    with written_whole(files[2]) as file:
+        plot_curves(curve, options.metric, unit).savefig(file)
     print(f"written: {', '.join(str(file) for file in files)}")
 
 

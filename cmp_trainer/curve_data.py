@@ -106,7 +106,7 @@ def _classification(
 def _label(value: Any, config: Any) -> int | float:
     if config.num_labels == 1:
         return float(value)
-    number = config.label2id.get(value, value) if isinstance(value, str) else value
+    number = config.label2id.get(str(value), value)  # a csv holds names such as "1" as numbers
     if isinstance(number, str) and number.isdigit():
         number = int(number)
     if not isinstance(number, int) or not 0 <= number < config.num_labels:

@@ -1,12 +1,15 @@
 """Which errors are told in one line: those that the person who started the program can do something about."""
 
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-# torch and safetensors do not raise an OSError.
-_DISK_FAULTS_IN_WORDS = ("PytorchStreamWriter failed", "No space left on device", "Read-only file system")
+# safetensors and torch raise errors of their own, with these words.
+_DISK_FAULTS_IN_WORDS = re.compile(
+    rf"os error ({'|'.join(map(str, _DISK_FAULTS))})\b|PytorchStreamWriter failed|inline_container.*unexpected pos"
+)
 
 
 def origin(error: BaseException) -> tuple[str, Path]:
@@ -26,8 +29,7 @@ def is_from_cmp_trainer(error: BaseException) -> bool:
 def is_disk_fault(error: BaseException) -> bool:
     """Whether the error comes from a disk that is full or cannot be written."""
     return any(
-        getattr(one, "errno", None) in _DISK_FAULTS or any(words in str(one) for words in _DISK_FAULTS_IN_WORDS)
-        for one in causes(error)
+        getattr(one, "errno", None) in _DISK_FAULTS or _DISK_FAULTS_IN_WORDS.search(str(one)) for one in causes(error)
     )
 
 

@@ -29,6 +29,7 @@ import json
 import logging
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +40,9 @@ import transformers
 import yaml
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
 from cmp_trainer.checks import check_launch
@@ -204,8 +206,9 @@ def set_up(args: TrainingArguments) -> None:
     """Set verbosity and seed before anything is loaded, and check what the run is asked to do.
 
     Raises:
-        ValueError: Nothing to do, no complete checkpoint to resume from, checkpoints of another run in output_dir, or
-            processes that do not know of each other and would all write there.
+        ValueError: Nothing to do, an output_dir that cannot be written, no complete checkpoint to resume from,
+            checkpoints of another run in output_dir, or processes that do not know of each other and would all write
+            there.
     """
     check_launch(args.world_size)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -218,16 +221,24 @@ def set_up(args: TrainingArguments) -> None:
 
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("nothing to do; pass --do_train, --do_eval or --do_predict")
-    if not args.do_train:
-        return
     resume, folder = _resume_from(args), Path(str(args.output_dir))
-    if resume:
+    _require_writable(folder)
+    if args.do_train and resume:
         args.resume_from_checkpoint = checkpoint_to_resume(resume, str(folder))
-    elif held := checkpoints(folder):
+    elif args.do_train and (held := checkpoints(folder)):
         complete = any(fault_of(checkpoint) is None for checkpoint in held)
         way_on = "--resume_from_checkpoint true to go on from there, or " if complete else "(none of them complete) "
         names = ", ".join(checkpoint.name for checkpoint in reversed(held))
         raise ValueError(f"{folder} already holds {names}; pass {way_on}another --output_dir")
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written: {error.strerror}; give another folder") from error
 
 
 def load_splits(data_args: DataArguments) -> dict[str, Dataset]:
@@ -271,9 +282,14 @@ def load_file(file: Path, split: str) -> Dataset:
     reader, options = READERS[file.suffix]
     try:
         dataset = datasets.load_dataset(reader, data_files={split: str(file)}, split=split, **options)
+        assert isinstance(dataset, Dataset)
+        if reader == "json":
+            dataset.data.validate(full=True)  # its reader lets bytes through that are not UTF-8
     except (DatasetsError, ValueError) as error:
-        raise ValueError(f"--{split}_file {file} cannot be read as {file.suffix[1:]}: {_root_cause(error)}") from error
-    assert isinstance(dataset, Dataset)
+        reason = _root_cause(error)
+        if reader != "parquet" and (line := _first_line_not_utf8(file)):
+            reason = f"line {line} is not UTF-8; convert the file (iconv -t utf-8)"
+        raise ValueError(f"--{split}_file {file} cannot be read as {file.suffix[1:]}: {reason}") from error
     if not len(dataset):
         raise ValueError(f"--{split}_file {file} holds no rows")
     return dataset
@@ -325,21 +341,35 @@ def load_pretrained(auto_class: Any, name: str, model_args: ModelArguments, **kw
     """`auto_class.from_pretrained(name)` with revision, cache and trust taken from the model arguments.
 
     Raises:
-        ValueError: The model cannot be found or reached.
+        ValueError: The model or tokenizer cannot be found, reached or read; says what to do.
     """
-    try:
-        return auto_class.from_pretrained(
+    with plain_load_errors(name, "Tokenizer" in auto_class.__name__):
+        loaded = auto_class.from_pretrained(
             name,
             revision=model_args.model_revision,
             cache_dir=model_args.cache_dir,
             trust_remote_code=model_args.trust_remote_code,
             **kwargs,
         )
-    except OSError as error:
-        raise ValueError(
-            f"{name!r} could not be loaded ({first_line(error)}). Without network pass "
-            "--model_name_or_path the folder of a saved model"
-        ) from error
+        # Where a folder holds a model alone, transformers makes up a tokenizer of special tokens.
+        if isinstance(loaded, PreTrainedTokenizerBase) and set(loaded.get_vocab()) <= set(loaded.all_special_tokens):
+            raise ValueError("there is no tokenizer")
+    return loaded
+
+
+@contextmanager
+def plain_load_errors(name: str, is_tokenizer: bool = False) -> Iterator[None]:
+    """Where the body cannot load the model or tokenizer `name`: a ValueError that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, EOFError) as error:  # not there; damaged
+        if not Path(name).is_dir():
+            advice = "Without network give the folder of a saved model"
+        elif is_tokenizer:
+            advice = "Save the model's tokenizer in this folder too: tokenizer.save_pretrained(folder)"
+        else:
+            advice = "If files of it are missing or truncated, save or copy the model again"
+        raise ValueError(f"{name!r} could not be loaded ({first_line(error)}). {advice}") from error
 
 
 def run(
@@ -458,6 +488,16 @@ def _report(trainer: Trainer, name: str, metrics: Mapping[str, float], dataset: 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {' or '.join(prefix + match for match in near)}?)" if near else ""
+
+
+def _first_line_not_utf8(file: Path) -> int | None:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return None
 
 
 def _root_cause(error: BaseException) -> str:

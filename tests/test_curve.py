@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -87,6 +88,40 @@ def test_class_names_are_labels_too(models, data, tmp_path, capsys):
     assert numbers == names
 
 
+@pytest.mark.parametrize("names", [("0", "1"), ("1", "0"), ("1", "2")])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_class_names_that_are_digits_are_names(names, suffix, data, tmp_path, capsys):
+    kinds = {"num_labels": 2, "id2label": dict(enumerate(names)), "label2id": {names[0]: 0, names[1]: 1}}
+    model = save(tmp_path / "model", tiny_bert(0, **kinds))
+    rows = pd.DataFrame([{"sentence": f"{a} b c", "label": names["ab".index(a)]} for a in "abab"])
+    file = tmp_path / f"named{suffix}"
+    rows.to_csv(file, index=False) if suffix == ".csv" else rows.to_json(file, orient="records", lines=True)
+    unnamed = save(tmp_path / "unnamed" / "model", tiny_bert(0, num_labels=2))
+    out = [curve(capsys, path, "--data", str(rows), "--seeds", "1") for path, rows in ((model, file), (unnamed, data))]
+    assert out[0] == out[1]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("fault", ["truncated", "empty", "deleted"])
+def test_a_damaged_model_folder_is_an_error_of_one_line(file, fault, models, data, capsys):
+    damaged = Path(models[0], file)
+    if fault == "deleted":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2 if fault == "truncated" else 0])
+    with pytest.raises(SystemExit) as stop:
+        curve(capsys, models[0], "--data", data)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith(f"error: '{models[0]}' could not be loaded (")
+
+
+def test_nothing_is_written_into_the_working_directory(models, data, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    curve(capsys, models[0], "--data", data, "--seeds", "1")
+    assert not list(Path.cwd().iterdir())
+
+
 def test_rows_of_tokens_with_segments_get_a_curve_of_crops(tmp_path, capsys):
     model = save(tmp_path / "model", tiny_bert())
     rows = [{**row, "crop_segments": [0, 1, 1, 2, 2, 2, 0, 0]} for row in token_data(rows=6)]
@@ -122,7 +157,12 @@ def test_a_model_without_a_longest_input_is_measured(data, tmp_path, capsys):
 
 def test_losses_of_a_regression_are_not_counted_in_nats(models, data, tmp_path, monkeypatch):
     labels = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, _: labels.append(figure.axes[0].get_ylabel()))
+
+    def draw(figure, file):
+        labels.append(figure.axes[0].get_ylabel())
+        file.touch()
+
+    monkeypatch.setattr(Figure, "savefig", draw)
     regression = save(tmp_path / "regression", tiny_bert(num_labels=1))
     for model in (regression, models[0]):
         cli.main(["curve", model, "--data", data, "--seeds", "1", "--output", str(tmp_path / "x")])
@@ -213,7 +253,7 @@ def test_the_metrics_that_a_task_names_are_those_it_computes(models, data, tmp_p
 def test_what_is_no_model_is_said(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         curve(capsys, str(tmp_path), "--data", data)
-    assert "holds no saved model and tokenizer" in capsys.readouterr().err
+    assert "could not be loaded" in capsys.readouterr().err
 
 
 def test_the_command_and_the_trainer_measure_the_same(models, data, tmp_path, capsys):

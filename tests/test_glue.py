@@ -117,6 +117,7 @@ def test_an_unknown_task_has_no_metric():
 @pytest.mark.parametrize(
     ("task", "labels", "encoded"),
     [
+        ("cola", ["0", "1"], [0, 1]),
         ("cola", [1, 0], [1, 0]),
         ("cola", ["acceptable", "unacceptable"], [1, 0]),
         ("mnli", ["entailment", "neutral", "contradiction"], [0, 1, 2]),
@@ -252,7 +253,7 @@ def test_comparative_runs_log_the_loss_of_every_variant_and_baselines_do_not(glu
         (("--task_name", "wnli"), "--task_name 'wnli' is not one of cola"),
         (("--model_name_or_path", "no-one/nothing"), "'no-one/nothing' could not be loaded"),
         (("--cmp_num_crops", "9"), "--cmp_num_crops 9 is more than"),
-        (("--resume_from_checkpoint", "true"), "no whole checkpoint"),
+        (("--resume_from_checkpoint", "true"), "No valid checkpoint found in output directory"),
     ],
 )
 def test_mistakes_end_the_script_with_one_line(glue, tmp_path, capsys, change, message):

@@ -2,17 +2,21 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
+import torch
 from datasets import Dataset
-from helpers import cmp_trainer, token_data, training_arguments
+from helpers import cmp_trainer, letter_tokenizer, tiny_bert, token_data, training_arguments
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from cmp_trainer import CmpTrainingArguments
 from cmp_trainer.scripting import (
@@ -231,6 +235,62 @@ def test_without_network_a_model_of_the_hub_is_refused_with_the_way_out():
         load_pretrained(AutoConfig, "no-one/nothing", ModelArguments("no-one/nothing"))
 
 
+@pytest.fixture
+def model_folder(tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load_all(folder):
+    kinds = (AutoConfig, AutoTokenizer, AutoModelForSequenceClassification)
+    return [load_pretrained(kind, str(folder), ModelArguments(str(folder))) for kind in kinds]
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused_with_what_to_do(model_folder):
+    load_all(model_folder)
+    for file in model_folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"Save the model's tokenizer in this folder too: tokenizer.save_pretrained"):
+        load_all(model_folder)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json"])
+def test_a_truncated_or_empty_file_of_a_model_is_a_line_that_says_what_to_do(file, kept, model_folder):
+    if file == "pytorch_model.bin":
+        torch.save(tiny_bert().state_dict(), model_folder / file)
+        (model_folder / "model.safetensors").unlink()
+        load_all(model_folder)
+    content = (model_folder / file).read_bytes()
+    (model_folder / file).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError) as error:
+        load_all(model_folder)
+    assert re.match(r"'.*model' could not be loaded \(.*\)\. (If files of it are missing|Save the)", str(error.value))
+
+
+def test_an_empty_model_folder_is_a_line_that_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"could not be loaded \(.*\). If files of it are missing or truncated, save"):
+        load_all(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_rows_that_are_not_utf_8_are_refused_by_line(suffix, encoding, tmp_path):
+    rows = pandas.DataFrame([{"sentence": "tea", "label": 0}, {"sentence": "café", "label": 1}])
+    file = tmp_path / f"rows{suffix}"
+    if suffix in (".csv", ".tsv"):
+        text = rows.to_csv(index=False, sep="\t" if suffix == ".tsv" else ",")
+    else:
+        text = rows.to_json(orient="records", lines=suffix == ".jsonl", force_ascii=False)
+    file.write_bytes(text.encode("utf-8"))
+    assert load_file(file, "train")["sentence"][1] == "café"
+    file.write_bytes(text.encode(encoding))
+    line = 1 if encoding == "utf-16" else text[: text.index("é")].count("\n") + 1
+    with pytest.raises(ValueError, match=f"line {line} is not UTF-8; convert the file"):
+        load_file(file, "train")
+
+
 def test_no_data_at_all_is_refused():
     with pytest.raises(ValueError, match="no data; pass --dataset_name"):
         load_splits(DataArguments())
@@ -279,6 +339,13 @@ def test_columns_that_are_not_text_are_refused(values, message):
 def test_nothing_to_do_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to do"):
         set_up(training_arguments(tmp_path))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
+        with pytest.raises(ValueError, match=r"--output_dir .* cannot be written: .*; give another folder"):
+            set_up(training_arguments(folder, do_train=True))
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
@@ -337,6 +404,53 @@ def test_an_error_under_a_progress_bar_is_a_line_of_its_own(capsys):
     assert re.search(r"[\r\n]error: there is no split 'train'", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "x.bin"), 1, "error: [Errno 28] No space left on device: 'x.bin'"),
+        (OSError(30, "Read-only file system"), 1, "error: [Errno 30] Read-only file system. Free some space or pass"),
+        (ModuleNotFoundError("…", name="ir_measures"), 2, "error: ir_measures is not installed; pip install 'cmp-tr"),
+        (ModuleNotFoundError("…", name="sklearn.base"), 2, "error: sklearn.base is not installed; pip install 'cmp-t"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_person_at_the_keyboard_can_mend_ends_in_one_line(error, status, line, capsys):
+    with pytest.raises(SystemExit) as end, plain_errors():
+        raise error
+    assert end.value.code == status
+    (written,) = capsys.readouterr().err.splitlines()
+    assert written.startswith(line)
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("…", name="my_module"), OSError(2, "No such file"), KeyError()])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)), plain_errors():
+        raise error
+
+
 def test_errors_of_other_code_keep_their_traceback():
     with pytest.raises(ValueError, match="invalid literal"), plain_errors():
         int("a bug of someone else")
+
+
+@pytest.mark.parametrize(
+    ("script", "package", "extra"),
+    [
+        ("glue/run_glue.py", "evaluate", "examples"),
+        ("squad/run_squad.py", "torchmetrics", "examples"),
+        ("hotpotqa/run_hotpotqa.py", "torchmetrics", "examples"),
+        ("hotpotqa/analyze_hotpotqa.py", "matplotlib", "plot"),
+        ("prf/run_prf.py", "faiss", "prf"),
+        ("prf/compare.py", "matplotlib", "plot"),
+        ("demo/demo.py", "matplotlib", "plot"),
+    ],
+)
+def test_a_script_names_the_package_that_is_missing(script, package, extra, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no {package}', name='{package}')")
+    path = Path(__file__).parents[1] / "examples" / script
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, path, "--help"], env=environment, capture_output=True, text=True)
+    line = f"error: {package} is not installed; pip install 'cmp-trainer[{extra}]'"
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (2, [line])
+    assert "Traceback" not in done.stderr

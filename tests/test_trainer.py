@@ -367,7 +367,7 @@ def test_the_users_loss_is_trained_and_evaluated(accumulation, tmp_path):
         assert logs[0][name] == pytest.approx(2 * logs[1][name], rel=1e-5)
     # The Trainer counts items, which this model ignores: it does not divide its loss by the accumulation steps.
     times = accumulation if trainer.model_accepts_loss_kwargs else 1
-    assert logs[0]["loss"] * times == pytest.approx(2 * logs[1]["loss"], rel=1e-5)
+    assert logs[0]["loss"] * times == pytest.approx(2 * logs[1]["loss"], abs=2e-4)  # logs have four decimals
 
 
 def test_without_ablations_the_users_loss_is_the_plain_loss(tmp_path):

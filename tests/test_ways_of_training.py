@@ -120,7 +120,7 @@ def test_gradient_checkpointing_leaves_the_model_as_trainer_does(fails, tmp_path
     ids=str,
 )
 def test_low_memory_gives_the_same_gradients_also_with_what_else_saves_memory(settings, tmp_path):
-    tolerance = 1e-2 if "bf16" in settings else 1e-6
+    tolerance = 5e-2 if "bf16" in settings else 1e-6
     low_memory = recorded(tmp_path, cmp_low_memory=True, **settings)
     for ours, plain in zip(low_memory, recorded(tmp_path, **settings), strict=True):
         ours, plain = (torch.cat([gradient.flatten() for gradient in g.values()]) for g in (ours, plain))

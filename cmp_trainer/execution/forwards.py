@@ -77,6 +77,9 @@ class Forwards:
         checking = watch or not with_graph
         with outputs_noted(self.model, outputs), eager_where_compiled(self.is_compiled, checking), ablated:
             loss = self.loss_fn(self.model, own_containers(batch, copy_tensors=self.copies))
+        if not with_graph:
+            # torch 2.6 gives a weight that autocast cast without a graph to the next forward, which needs one.
+            torch.clear_autocast_cache()
         check_scalar(loss)
         return Forward(loss, reductions, [one for one in outputs if one.requires_grad], activations.kept)
 

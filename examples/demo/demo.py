@@ -10,11 +10,6 @@ The settings were chosen for the task to be learned in short time, not for eithe
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import Dataset
@@ -23,6 +18,13 @@ from transformers import BertConfig, BertForSequenceClassification, DataCollator
 from transformers.trainer_utils import EvalPrediction
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
+from cmp_trainer.scripting import plain_errors
+
+with plain_errors():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
 STEPS, BATCH, SEED = 400, 32, 1
 JUDGED = 1000

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
@@ -34,6 +33,9 @@ from cmp_trainer.scripting import (
     set_up,
     take_split,
 )
+
+with plain_errors():
+    import evaluate
 
 logger = logging.getLogger("cmp_trainer.run_glue")
 
@@ -158,7 +160,7 @@ def encode_labels(dataset: Dataset, split: str, task: Task) -> list[int] | list[
             raise ValueError(f"labels of {split} are {dataset.features['label'].dtype}; expected scores from 0 to 5")
         known = {label: float(label) for label in dataset.unique("label") if label is not None and 0 <= label <= 5}
     else:
-        known = {number: number for number in range(len(task.classes))}
+        known = {kind(number): number for number in range(len(task.classes)) for kind in (int, str)}
         known |= {name: number for number, name in enumerate(task.classes)}
     labels = list(dataset["label"])
     unknown = [label for label in labels if label not in known]
@@ -211,7 +213,10 @@ def submission_writer(folder: Path, task: Task) -> Callable[[str, PredictionOutp
 
 
 def metrics_of(task_name: str) -> Any:
-    metric = evaluate.load(str(Path(__file__).parent / "glue_metric"), task_name, keep_in_memory=True)
+    try:
+        metric = evaluate.load(str(Path(__file__).parent / "glue_metric"), task_name, keep_in_memory=True)
+    except ImportError as error:
+        raise ValueError(f"{error}; all that this script needs: pip install 'cmp-trainer[examples]'") from error
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         scores = decide(prediction.predictions, TASKS[task_name])

@@ -20,11 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from hotpot_answers import read_answers, score_answers
 from hotpot_data import ANSWER_COLUMNS, COLUMNS, add_markers
 from hotpot_inputs import EvaluationInputs, padding_multiple
-from matplotlib.figure import Figure
-from run_hotpotqa import HotpotArguments, encode
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -42,6 +39,11 @@ from cmp_trainer.scripting import (
     plain_errors,
     take_split,
 )
+
+with plain_errors():
+    from hotpot_answers import read_answers, score_answers
+    from matplotlib.figure import Figure
+    from run_hotpotqa import HotpotArguments, encode
 
 Point = dict[str, Any]
 METRICS = {"exact_match": "Exact match (%)", "f1": "F1 (%)"}

@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from evaluation import CollectionResult, curve_rows, load_results, markdown_table, reference_row
+
+from cmp_trainer.scripting import plain_errors
+
+with plain_errors():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from evaluation import CollectionResult, curve_rows, load_results, markdown_table, reference_row
 
 MEASURE = "nDCG@10"
 

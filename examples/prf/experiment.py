@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from trec_runs import Run, read_run, write_run
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
-from cmp_trainer.scripting import ModelArguments, load_pretrained
+from cmp_trainer.scripting import ModelArguments, load_pretrained, plain_load_errors
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,14 @@ class Experiment:
         device: Any = PartialState().device
         kind = DenseReformulator if self.args.representation == "dense" else SparseReformulator
         if is_reformulator(name, kind):
-            return kind.from_pretrained(name).to(device)
+            return load_pretrained(kind, name, ModelArguments(name)).to(device)
         settings = {"normalize": self.args.normalize, "scale": self.args.scale}
         if kind is DenseReformulator:
             settings["pooling"] = self.args.pooling
         else:
             settings["log_saturation"] = self.args.log_saturation
-        return kind.from_encoder(name, **settings).to(device)
+        with plain_load_errors(name):
+            return kind.from_encoder(name, **settings).to(device)
 
     def encoded_corpus(self) -> EncodedCorpus:
         folder, tokenizer = self.folder / "vectors", self.passage_tokenizer
@@ -216,7 +217,7 @@ def values_of(collection: Collection, found: Run) -> dict[str, list[float]]:
 
 
 def is_reformulator(name: str, kind: Any) -> bool:
-    return isinstance(AutoConfig.from_pretrained(name), kind.config_class)
+    return isinstance(load_pretrained(AutoConfig, name, ModelArguments(name)), kind.config_class)
 
 
 def digest(queries: dict[str, str]) -> str:

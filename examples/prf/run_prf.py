@@ -18,17 +18,19 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from arguments import PrfArguments, check_training, settings_of
-from collection import Collection
-from compare import comparison_table, plot_curves
-from demo_collection import write_demo
-from evaluation import CollectionResult, load_results, save_results
-from experiment import Experiment, evaluate, file_name, make_trainer
-from sklearn.model_selection import KFold
-from trec_runs import Run
 
 from cmp_trainer import CmpTrainingArguments
 from cmp_trainer.saving.checkpoints import checkpoints, fault_of
 from cmp_trainer.scripting import parse_arguments, plain_errors, run, set_up
+
+with plain_errors():
+    from collection import Collection
+    from compare import comparison_table, plot_curves
+    from demo_collection import write_demo
+    from evaluation import CollectionResult, load_results, save_results
+    from experiment import Experiment, evaluate, file_name, make_trainer
+    from sklearn.model_selection import KFold
+    from trec_runs import Run
 
 logger = logging.getLogger(__name__)
 FOLD_SEED = 0  # of the split into folds: the same for every training seed

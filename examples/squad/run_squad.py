@@ -19,7 +19,6 @@ from datasets import Dataset
 from qa_trainer import QuestionAnsweringTrainer, Scorer
 from squad_answers import Answers, AnswerSettings, read_answers
 from squad_data import check_columns, check_ids, read_squad_file
-from squad_metrics import squad_metrics, squad_v2_metrics
 from squad_windows import WindowSettings, evaluation_windows, training_windows
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -40,6 +39,9 @@ from cmp_trainer.scripting import (
     set_up,
     take_split,
 )
+
+with plain_errors():
+    from squad_metrics import squad_metrics, squad_v2_metrics
 
 logger = logging.getLogger("cmp_trainer.examples.squad")
 
