@@ -9,7 +9,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -195,12 +195,12 @@ class CmpTrainingArguments(TrainingArguments):
         """Without the token of the Hub, which is nothing for those who get training_args.bin."""
         return {**vars(self), **{name: None for name in _SECRETS if name in vars(self)}}
 
-    def __copy__(self) -> "CmpTrainingArguments":
+    def __copy__(self) -> Self:
         copied = object.__new__(type(self))
         vars(copied).update(vars(self))
         return copied
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CmpTrainingArguments":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied

@@ -214,7 +214,7 @@ def _command_line(script: str, arguments: Sequence[str]) -> Iterator[None]:
     """
     argv, path = sys.argv, sys.path[:]
     sys.argv = [script, *arguments]
-    if not getattr(sys.flags, "safe_path", False):  # from Python 3.11 on
+    if not sys.flags.safe_path:
         sys.path[0] = str(Path(script).resolve().parent)
     try:
         yield

@@ -85,6 +85,20 @@ def test_gradients_are_exact_also_where_examples_see_each_other(change, tmp_path
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
 
 
+def test_a_users_loss_in_which_examples_see_each_other_is_planned_once(tmp_path, caplog):
+    model, forwards = tiny_bert(hidden_dropout_prob=0.3), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(None))
+    trainer = cmp_trainer(
+        tmp_path, model, cmp_num_ablations=2, cmp_forward="sequential", **with_losses_of_a_batch(model)
+    )
+    batch = batch_of(token_data())
+    for _ in range(3):
+        forwards.clear()
+        trainer.compute_loss(model.train(), dict(batch))
+    assert len(forwards) == 3
+    assert caplog.text.count("an example's loss also depends on other rows of the batch") == 1
+
+
 def test_every_step_drops_what_the_plain_step_drops(tmp_path):
     """Not the same in all steps: the random state goes on as in the plain step."""
     models, states = [], []

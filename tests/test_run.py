@@ -287,7 +287,8 @@ def test_child_processes_find_what_the_script_defines(tmp_path):
 def test_a_signal_ends_a_run_as_it_ends_python(signal, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import os, signal, time\nos.kill(os.getpid(), signal.{signal})\ntime.sleep(60)\n")
-    plain, replaced = (subprocess_of(way, script) for way in ([], ["-m", "cmp_trainer.cli", "run"]))
+    command = "import sys; from cmp_trainer.cli import main; main(['run', *sys.argv[1:]])"  # as the console script
+    plain, replaced = (subprocess_of(way, script) for way in ([], ["-c", command]))
     assert replaced.returncode == plain.returncode < 0
 
 

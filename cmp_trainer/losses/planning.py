@@ -120,6 +120,9 @@ class _Planner:
             return None
         tried = layouts(reduction, self.rows, self.batch)
         if reduction.declared:
+            values = self._rows(reduction, tried[0])
+            error = None if values is None else self._sign_error(values, reduction)
+            self.result.crosses |= error is not None and error > tolerance(self.first)
             return tried[0]
         for layout in tried:
             values = self._rows(reduction, layout)

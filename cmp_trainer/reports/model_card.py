@@ -15,7 +15,6 @@ import html
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary
 from transformers.pipelines import SUPPORTED_TASKS
 
+from cmp_trainer import __version__
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.losses.comparative import ComparativeLoss, RegularizedLoss
@@ -118,7 +118,7 @@ def model_card(trainer: Any, *args: Any, **kwargs: Any) -> ModelCard:
         evaluated_on=_escaped(_evaluated_on(trainer, summary)),
         progress=_progress(summary),
         hyperparameters=_hyperparameters(trainer, summary),
-        versions=", ".join(f"{name} {metadata.version(name)}" for name in _libraries(adapter)),
+        versions=", ".join(_versions(adapter)),
         citations=CITATIONS,
         **_comparison(trainer),
         **_curve(trainer.curve),
@@ -197,7 +197,8 @@ def _curve(curve: pd.DataFrame | None) -> dict[str, Any]:
         _, ablation, level = key  # pyright: ignore[reportGeneralTypeIssues]
         cells = []
         for name in shown:
-            mean, spread = row[name]["mean"], row[name]["std"]
+            values: Any = row[name]
+            mean, spread = values["mean"], values["std"]
             cells.append(f"{mean:.4f}" + (f" ± {spread:.4f}" if spread > 0 else ""))
         rows.append([_escaped(ablation), level, *cells])
     return {
@@ -309,8 +310,9 @@ def _tags_in(card: Path) -> list[str]:
     return [tag for tag in tags if not tag.startswith("base_model:") or _is_repository(tag.rpartition(":")[2])]
 
 
-def _libraries(adapter: Any) -> Sequence[str]:
-    return ("cmp-trainer", "transformers", "torch", "datasets", "tokenizers", *(["peft"] if adapter else []))
+def _versions(adapter: Any) -> list[str]:
+    libraries = ["transformers", "torch", "datasets", "tokenizers", *(["peft"] if adapter else [])]
+    return [f"cmp-trainer {__version__}", *(f"{name} {metadata.version(name)}" for name in libraries)]
 
 
 def _is_repository(name: Any) -> bool:
