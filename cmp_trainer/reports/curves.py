@@ -252,7 +252,7 @@ def plot_curves(curve: pd.DataFrame, metric: str | None = None, loss_unit: str |
             axes.spines[["top", "right"]].set_visible(False)
             if measure == IN_VIOLATION:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if curve["model"].nunique() > 1:
+    if len(curve["model"].unique()) > 1:
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
