@@ -16,7 +16,7 @@ READY_OLDEST := $(VENV)-oldest/.ready
 READY_FLOOR := $(VENV)-floor/.ready
 READY_RECIPES := $(VENV)-recipes/.ready
 
-.PHONY: help env demo test test-oldest test-floor test-recipes lint format typecheck bench docs dist
+.PHONY: help env demo test test-oldest test-floor soak test-recipes lint format typecheck bench docs dist
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -58,6 +58,9 @@ $(READY_RECIPES): setup.cfg constraints-recipes.txt
 		-e '.[test-core]' trl sentence-transformers lightning
 	touch $@
 
+soak: $(READY) ## trainings of 3,000 steps: memory, objects, hooks, modes and step times from first to last
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --override-ini addopts= -q -s tests/slow
+
 test-recipes: $(READY_RECIPES) ## trainers of TRL and sentence-transformers, loops of Accelerate and Lightning
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-recipes/bin/python -m pytest -q tests/recipes
 
@@ -72,9 +75,10 @@ format: $(READY) ## let ruff write its format
 typecheck: $(READY) ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(READY) ## step times and memory against what one would run instead, into docs/performance.md
+bench: $(READY) ## step times, memory and saves against what one would run instead, into docs/performance.md
 	$(BIN)/python benchmarks/bench_steps.py
 	$(BIN)/python benchmarks/profile_step.py
+	$(BIN)/python benchmarks/bench_saves.py
 
 docs: $(READY) ## the documentation in site/; fails on a broken link or reference
 	$(BIN)/python -m mkdocs build --strict

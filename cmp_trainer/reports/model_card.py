@@ -157,7 +157,8 @@ def _objective(objective: Any) -> str:
     if isinstance(objective, (ComparativeLoss, RegularizedLoss)):
         kind = "comparative" if isinstance(objective, ComparativeLoss) else "regularized"
         return f"the {kind} objective with {objective.ranking} ranking was minimized."
-    return f"the objective {_escaped(getattr(objective, '__name__', type(objective).__name__))} was minimized."
+    name = getattr(objective, "__name__", type(objective).__name__).replace("`", "")
+    return f"the objective `{name}` was minimized."
 
 
 def _arguments(trainer: Any) -> dict[str, Any]:
