@@ -1,4 +1,4 @@
-"""What a save costs beside the Trainer's, the 5th and the 300th of a run that keeps all; writes into docs/performance.md.
+"""What a save costs beside the Trainer's, the 5th and the 300th of a run that keeps all; into docs/performance.md.
 
     make bench
     python benchmarks/bench_saves.py
