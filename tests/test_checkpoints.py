@@ -97,10 +97,15 @@ def test_a_truncated_file_is_noticed_and_the_checkpoint_before_is_taken(file, ke
     assert f"checkpoint-6 is incomplete ({file} is truncated) and is skipped; resuming from" in caplog.text
 
 
-def test_a_file_that_lost_its_last_byte_is_truncated(run):
-    optimizer = run / "checkpoint-6" / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:-1])
-    assert fault_of(run / "checkpoint-6") == "optimizer.pt is truncated"
+def test_a_file_whose_end_cannot_be_told_is_truncated_where_its_record_says_more(run):
+    checkpoint, none = run / "checkpoint-6", lambda: None
+    state = (checkpoint / "trainer_state.json").read_text()
+    with recorded(checkpoint, True, none):
+        (checkpoint / "trainer_state.json").write_text(state)
+        (checkpoint / "__0_0.distcp").write_bytes(b"a shard of FSDP")
+    assert fault_of(checkpoint) is None
+    (checkpoint / "__0_0.distcp").write_bytes(b"a shard of FSD")
+    assert fault_of(checkpoint) == "__0_0.distcp is truncated"
 
 
 def test_a_checkpoint_whose_weights_were_deleted_is_skipped(run):
