@@ -162,9 +162,9 @@ def _in_one_line(error: BaseException) -> tuple[str, int] | None:
     module, folder = origin(error)
     script = getattr(sys.modules["__main__"], "__file__", None)
     is_script = module == "__main__" or (script is not None and folder == Path(script).resolve().parent)
-    return (
-        (f"error: {error}", 2) if isinstance(error, ValueError) and (is_script or is_from_cmp_trainer(error)) else None
-    )
+    if isinstance(error, ValueError) and (is_script or is_from_cmp_trainer(error)):
+        return f"error: {error}", 2
+    return None
 
 
 def parse_arguments(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:

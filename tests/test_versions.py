@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+INSTALLED_AS = {"faiss": "faiss-cpu"}  # where it is not installed
 # Trainer needs the first, model cards are filled in by the second and name the version of the third.
 NOT_IMPORTED = {"accelerate", "jinja2", "tokenizers"}
 
@@ -62,7 +63,8 @@ def imported(folder: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.add(str(node.module).partition(".")[0])
     installed = packages_distributions()
-    return {installed.get(module, [module])[0].lower().replace("_", "-") for module in modules - own}
+    names = {module: installed.get(module, [INSTALLED_AS.get(module, module)])[0] for module in modules - own}
+    return {name.lower().replace("_", "-") for name in names.values()}
 
 
 def test_the_package_imports_what_it_declares_and_nothing_else():
