@@ -86,7 +86,8 @@ def run_script(
     exit_of_script = None
     with replaced_trainers(), _watched(given) as watch, _command_line(script, own_arguments), _main(script) as module:
         try:
-            exec(compile(Path(script).read_bytes(), module.__file__ or script, "exec"), vars(module))
+            code = compile(Path(script).read_bytes(), str(module.__file__), "exec", dont_inherit=True)
+            exec(code, vars(module))
         except SystemExit as stop:
             if stop.code not in (None, 0):
                 raise
@@ -171,7 +172,7 @@ def require_known(words: Sequence[str]) -> None:
     for word in words:
         mistyped = re.fullmatch(r"(--?cmp[_-]([\w-]*))(=.*)?", word)
         if mistyped and mistyped[1] not in known:
-            names = [option.removeprefix("--cmp_") for option in known]
+            names = [option.removeprefix("--cmp_") for option in known if option.startswith("--cmp_")]
             nearest = difflib.get_close_matches(mistyped[2].replace("-", "_"), names, n=1)
             hint = f"did you mean --cmp_{nearest[0]}?" if nearest else "cmp-trainer run --help lists them"
             raise UsageError(f"{mistyped[1]} is not an argument of comparative loss; {hint}")
