@@ -192,7 +192,7 @@ class CmpTrainingArguments(TrainingArguments):
         return super().n_gpu
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the token of the Hub, which is nothing for those who get training_args.bin."""
+        """Leaves out the Hub token, which must not end up in training_args.bin."""
         return {**vars(self), **{name: None for name in _SECRETS if name in vars(self)}}
 
     def __copy__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Which errors are told in one line: those that the person who started the program can do something about."""
+"""Errors that are reported in one line: those that the user can do something about."""
 
 import errno
 import re
@@ -27,7 +27,7 @@ def is_from_cmp_trainer(error: BaseException) -> bool:
 
 
 def is_disk_fault(error: BaseException) -> bool:
-    """Whether the error comes from a disk that is full or cannot be written."""
+    """Whether the error comes from a disk that is full or not writable."""
     return any(
         getattr(one, "errno", None) in _DISK_FAULTS or _DISK_FAULTS_IN_WORDS.search(str(one)) for one in causes(error)
     )

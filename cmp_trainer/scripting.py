@@ -130,12 +130,12 @@ class DataArguments:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the program with one line, not a traceback, where the person who started it can do something about it.
+    """End the program with one line, not a traceback, for errors that the user can do something about.
 
     - A ValueError that cmp_trainer, the script or a module beside it raises: its message, exit status 2.
-    - A missing package of an extra (around the imports of a script): what to install, exit status 2.
-    - A disk that is full or cannot be written: exit status 1. Ctrl-C: exit status 130, as in a shell. The log says
-      from which checkpoint the training can be resumed.
+    - A package that is not installed, if the script's imports are in the block too: what to install, exit status 2.
+    - A disk that is full or not writable: exit status 1. Ctrl-C: exit status 130, as in a shell. The log says from
+      which checkpoint the training can be resumed.
 
     Everything else, a bug for instance, keeps its traceback.
     """
@@ -359,16 +359,16 @@ def load_pretrained(auto_class: Any, name: str, model_args: ModelArguments, **kw
 
 @contextmanager
 def plain_load_errors(name: str, is_tokenizer: bool = False) -> Iterator[None]:
-    """Where the body cannot load the model or tokenizer `name`: a ValueError that says what to do."""
+    """Turn any error of loading the model or tokenizer `name` into a ValueError that says what to do."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, EOFError) as error:  # not there; damaged
         if not Path(name).is_dir():
-            advice = "Without network give the folder of a saved model"
+            advice = "Without a network connection, pass the folder of a saved model"
         elif is_tokenizer:
             advice = "Save the model's tokenizer in this folder too: tokenizer.save_pretrained(folder)"
         else:
-            advice = "If files of it are missing or truncated, save or copy the model again"
+            advice = "If some of its files are missing or truncated, save or copy the model again"
         raise ValueError(f"{name!r} could not be loaded ({first_line(error)}). {advice}") from error
 
 

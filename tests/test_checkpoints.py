@@ -82,7 +82,7 @@ def test_a_save_into_a_folder_that_exists_makes_it_incomplete_until_its_end(run)
     assert fault_of(run / "checkpoint-4") is None
     shutil.rmtree(run / "checkpoint-6")
     interrupted_run(run)
-    assert "its save was interrupted" in fault_of(run / "checkpoint-4")
+    assert "the save was interrupted" in fault_of(run / "checkpoint-4")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"])
@@ -126,13 +126,13 @@ def test_what_the_trainer_resumes_without_is_only_warned_of(lost, run, caplog):
         (run / "checkpoint-6" / file).unlink()
     assert resumed(run).state.global_step == 8
     what = {"optimizer.pt": "optimizer", "scheduler.pt": "learning rate scheduler", "rng_state.pth": "random state"}
-    assert f"checkpoint-6 holds no {what[lost[0]]}: each of them starts anew." in caplog.text
+    assert f"checkpoint-6 has no saved {what[lost[0]]}; training resumes with a new one." in caplog.text
 
 
 def test_a_checkpoint_of_the_model_only_is_resumed(tmp_path, caplog):
     cmp_trainer(tmp_path, **SAVING, save_only_model=True).train()
     assert resumed(tmp_path).state.global_step == 8
-    assert "holds no optimizer, no learning rate scheduler, no random state" in caplog.text
+    assert "has no saved optimizer and no learning rate scheduler and no random state" in caplog.text
 
 
 def test_sharded_weights_are_resumed_and_a_lost_shard_is_noticed(run):
@@ -238,7 +238,7 @@ def test_an_incomplete_checkpoint_is_rejected_by_path_with_the_trainers_own_word
 
 
 def test_no_complete_checkpoint_is_said_with_what_was_found_and_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory \(.*start without"):
+    with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory \(.*Start a new training without"):
         resumed(tmp_path / "nowhere")
     (tmp_path / "checkpoint-9").mkdir()
     with pytest.raises(ValueError, match=r"checkpoint-9 is incomplete .* Remove what is incomplete and start without"):
@@ -260,7 +260,8 @@ def test_a_record_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypa
 
     monkeypatch.setattr(Path, "write_text", full_disk)
     cmp_trainer(tmp_path, **SAVING).train()
-    assert "could not be recorded: [Errno 28] No space left on device" in caplog.text
+    assert "could not record the file sizes of" in caplog.text
+    assert "[Errno 28] No space left on device" in caplog.text
     assert fault_of(tmp_path / "checkpoint-6") is None
 
 

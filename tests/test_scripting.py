@@ -266,11 +266,12 @@ def test_a_truncated_or_empty_file_of_a_model_is_a_line_that_says_what_to_do(fil
     (model_folder / file).write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ValueError) as error:
         load_all(model_folder)
-    assert re.match(r"'.*model' could not be loaded \(.*\)\. (If files of it are missing|Save the)", str(error.value))
+    advice = "(If some of its files are missing|Save the)"
+    assert re.match(rf"'.*model' could not be loaded \(.*\)\. {advice}", str(error.value))
 
 
 def test_an_empty_model_folder_is_a_line_that_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"could not be loaded \(.*\). If files of it are missing or truncated, save"):
+    with pytest.raises(ValueError, match=r"could not be loaded \(.*\). If some of its files are missing or truncated"):
         load_all(tmp_path)
 
 

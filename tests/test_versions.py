@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cmp_trainer.scripting import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 INSTALLED_AS = {"faiss": "faiss-cpu"}  # where it is not installed
 # Trainer needs the first, model cards are filled in by the second and name the version of the third.
@@ -78,6 +80,12 @@ def test_the_package_imports_what_it_declares_and_nothing_else():
 )
 def test_an_example_imports_what_its_extra_brings(folder, extras):
     assert imported(f"examples/{folder}") <= declared(*extras)
+
+
+@pytest.mark.parametrize(("module", "extra"), EXTRAS.items())
+def test_the_extra_that_is_named_for_a_missing_package_brings_it(module, extra):
+    (name,) = set(packages_distributions().get(module, [INSTALLED_AS.get(module, module)]))
+    assert name.lower().replace("_", "-") in declared(extra)
 
 
 def test_the_oldest_libraries_that_are_tried_are_the_oldest_that_setup_allows():

@@ -66,7 +66,7 @@ def recorded(checkpoint: Path, is_writer: bool, wait_for_everyone: Callable[[], 
             sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in _files(checkpoint)}
             (checkpoint / RECORD).write_text(json.dumps(sizes, indent=1))
         except OSError as error:
-            logger.warning("the sizes of the files of %s could not be recorded: %s", checkpoint, error)
+            logger.warning("could not record the file sizes of %s: %s", checkpoint, error)
 
 
 def checkpoint_to_resume(resume_from: str | os.PathLike | bool, output_dir: str) -> str:
@@ -97,8 +97,8 @@ def checkpoint_to_resume(resume_from: str | os.PathLike | bool, output_dir: str)
     found = "; ".join(f"{half.name} is incomplete ({reason})" for half, reason in faults.items())
     raise ValueError(
         f"No valid checkpoint found in output directory ({output_dir})"
-        + (f": {found}. Remove what is incomplete and " if found else ". To begin a training, ")
-        + "start without resume_from_checkpoint."
+        + (f": {found}. Remove what is incomplete and start" if found else ". Start a new training")
+        + " without resume_from_checkpoint."
     )
 
 
@@ -114,9 +114,9 @@ def fault_of(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return "there is no such folder"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
-        return f"{TRAINER_STATE_NAME}, which is written last, is missing: its save was interrupted"
+        return f"{TRAINER_STATE_NAME}, which is written last, is missing, so the save was interrupted"
     if not isinstance(_content(checkpoint / TRAINER_STATE_NAME), dict):
-        return f"{TRAINER_STATE_NAME}, which is written last, is damaged: its save was interrupted"
+        return f"{TRAINER_STATE_NAME}, which is written last, is damaged, so the save was interrupted"
     sizes = _recorded_sizes(checkpoint)
     lost = [name for name in sizes if _is_weights(Path(name)) and not (checkpoint / name).is_file()]
     if lost:
@@ -137,7 +137,7 @@ def _is_weights(file: Path) -> bool:
 
 
 def _is_truncated(file: Path, recorded_size: int) -> bool:
-    """Whether one of the files that a training resumes from ends too early, by its record or by what it begins."""
+    """Whether one of the files that a training resumes from ends too early, by its record or by its own format."""
     if file.suffix == ".json":
         return _content(file) is None
     if file.suffix not in _BINARY or file.name == TRAINING_ARGS_NAME:
@@ -152,7 +152,7 @@ def _is_truncated(file: Path, recorded_size: int) -> bool:
             return True
     with file.open("rb") as opened:
         is_archive = opened.read(2) == b"PK"
-    return is_archive and not zipfile.is_zipfile(file)  # the list of what an archive of torch.save holds is at its end
+    return is_archive and not zipfile.is_zipfile(file)  # torch.save writes zip, whose directory is at the end
 
 
 def _recorded_sizes(checkpoint: Path) -> dict[str, int]:
@@ -175,4 +175,4 @@ def _warn_of_missing_parts(checkpoint: Path) -> None:
         return  # DeepSpeed keeps all parts there
     missing = [what for part, what in _PARTS.items() if not any(name.startswith(part) for name in names)]
     if missing:
-        logger.warning("%s holds no %s: each of them starts anew.", checkpoint, ", no ".join(missing))
+        logger.warning("%s has no saved %s; training resumes with a new one.", checkpoint, " and no ".join(missing))
