@@ -238,7 +238,8 @@ def test_an_incomplete_checkpoint_is_rejected_by_path_with_the_trainers_own_word
 
 
 def test_no_complete_checkpoint_is_said_with_what_was_found_and_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory \(.*Start a new training without"):
+    message = r"No valid checkpoint found in output directory \(.*Start a new training without"
+    with pytest.raises(ValueError, match=message):
         resumed(tmp_path / "nowhere")
     (tmp_path / "checkpoint-9").mkdir()
     with pytest.raises(ValueError, match=r"checkpoint-9 is incomplete .* Remove what is incomplete and start without"):
