@@ -43,6 +43,9 @@ class CmpTrainingArguments(TrainingArguments):
             Rates for k = 1, 2, … at every dropout site, strictly increasing, in place of p and the schedule.
         cmp_dropout (`float`, *optional*):
             Base rate p at every dropout site in place of the model's own, also where its own is 0.
+        cmp_ablated_layers (`int`, *optional*):
+            N: drop neurons in the top N layers and the head only; the layers below run once for all variants, without
+            dropout. All layers where not given.
 
         > How it is compared
 
@@ -100,6 +103,12 @@ class CmpTrainingArguments(TrainingArguments):
     cmp_dropout: float | None = field(
         default=None, metadata={"help": "Base rate p at every dropout site, also where the model's own is 0."}
     )
+    cmp_ablated_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Drop neurons in the top N layers only; those below run once for all variants. All if unset."
+        },
+    )
     cmp_objective: Objective = field(
         default="comparative", metadata={"help": "comparative, or regularized: primary + weight * ranking."}
     )
@@ -150,6 +159,7 @@ class CmpTrainingArguments(TrainingArguments):
         _check_numbers(self)
         _check_counts(self)
         _check_dropout(self)
+        _check_layers(self)
         _check_objective(self)
 
     @property
@@ -276,6 +286,18 @@ def _check_dropout(args: CmpTrainingArguments) -> None:
     if args.cmp_num_ablations:
         fix = f"are {len(rates)} rates for {drops} drops; give one rate for each drop"
         _require(len(rates) == drops, "cmp_dropout_rates", rates, fix)
+
+
+def _check_layers(args: CmpTrainingArguments) -> None:
+    layers, ablations, crops = args.cmp_ablated_layers, args.cmp_num_ablations, args.cmp_num_crops
+    name = "cmp_ablated_layers"
+    is_number = isinstance(layers, int) and not isinstance(layers, bool) and layers > 0
+    fix = "must be 1 or more: how many of the top layers are ablated; leave it out to ablate all of them"
+    _require(layers is None or is_number, name, layers, fix)
+    fix = (
+        f"has no effect on crops, and all {ablations} ablations are crops; remove it, or lower --cmp_num_crops {crops}"
+    )
+    _require(layers is None or not ablations or crops < ablations, name, layers, fix)
 
 
 def _check_objective(args: CmpTrainingArguments) -> None:

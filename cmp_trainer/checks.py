@@ -28,9 +28,10 @@ from cmp_trainer.execution.intercept import Intercept
 from cmp_trainer.execution.one_forward import inner_model, is_data_parallel
 from cmp_trainer.execution.processes import num_processes
 from cmp_trainer.execution.random_state import RandomState
+from cmp_trainer.execution.shared import CannotShare, Lower, lower_parts
 from cmp_trainer.execution.stacked import CannotStack
 from cmp_trainer.execution.stacking import Stacking, prefer_stacked
-from cmp_trainer.losses.shares import CannotCompare, Replan, Shares, read_shares
+from cmp_trainer.losses.shares import CannotCompare, Plan, Replan, Shares, read_shares
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +228,23 @@ def _rates(step: Any) -> str | None:
             return f"CmpDrop has the {len(kind.rates)} rates {kind.rates} for {most} drops; give one for each drop."
 
 
+def _layers(step: Any) -> str | None:
+    layers = step.ablated_layers
+    if layers is None:
+        return None
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        return (
+            f"--cmp_ablated_layers {layers} is not the number of layers to ablate, 1 or more; leave it out to ablate "
+            "all of them."
+        )
+    if not any(kind.leaves_lower_layers for kind in step.kinds):
+        names = ", ".join(type(kind).__name__ for kind in step.kinds)
+        return (
+            f"--cmp_ablated_layers {layers} has no effect on {names}; leave it out, or add CmpDrop, or set "
+            "leaves_lower_layers on an ablation of your own that leaves the lower layers as they are."
+        )
+
+
 def _attention(where: Any) -> str | None:
     model = where if isinstance(where, nn.Module) else where.model
     for module in model.modules():
@@ -252,6 +270,7 @@ STEP_CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _forward_choice,
     _objective,
     _rates,
+    _layers,
     _attention,
     _backend_that_replays_calls,
 )
@@ -282,6 +301,7 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
         _warn_of_differences(step, forwards, full, shares)
         if step.low_memory:
             raise_together([_differs_without_graph(step, forwards, full, shares)])
+        step._shares_lower = _shares_lower(step, forwards, batches)
         step._stacking = _stacking(step, forwards, batches)
     return True
 
@@ -468,6 +488,69 @@ def _differs_without_graph(step: Any, forwards: Forwards, full: Any, shares: Sha
         )
 
 
+def _shares_lower(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> bool:
+    """Whether running the lower layers once gives what running them for each variant gives."""
+    if step.ablated_layers is None:
+        return False
+    lowers = lower_parts(step.kinds, [variant.levels for variant in step.variants])
+    groups = [[one for one in step.variants if lowers.get(one.levels) is lower] for lower in set(lowers.values())]
+    if not groups:
+        return False  # each variant has an input of its own
+    group = max(groups, key=len)
+    assert forwards.boundary is not None
+    plan, written = step._plan, forwards.boundary.written
+    try:
+        separate = _shares_and_gradients(step, forwards, plan, batches, (group[0], group[-1]), None)
+        while True:
+            known, lower = len(written), Lower()
+            try:
+                shared = _shares_and_gradients(step, forwards, plan, batches, (group[0], group[-1]), lower)
+                break
+            except CannotShare:
+                if len(written) == known:
+                    raise
+        if all(_same(one, other) for one, other in zip(separate, shared, strict=True)):
+            return True
+        reason = "the losses or their gradients differ from those of separate forwards."
+    except CannotShare as error:
+        reason = str(error)
+    logger.warning(
+        "the layers below the top %d run once for each variant, which takes more time and gives the same result: %s",
+        step.ablated_layers,
+        reason,
+    )
+    return False
+
+
+def _shares_and_gradients(
+    step: Any, forwards: Forwards, plan: Plan, batches: Mapping[tuple, Any], variants: Sequence[Any], lower: Any
+) -> list[Tensor]:
+    """The shares of some variants, and the gradients of a randomly weighted sum of them, where these can be asked
+    for: sharded weights have none."""
+    read = [step._read(forwards, plan, batches, variant, lower).values for variant in variants]
+    values = torch.cat(read)
+    model = forwards.model
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(hasattr(module, "_get_fsdp_state") for module in model.modules()) or not values.requires_grad:
+        return [values.detach()]
+    weights = torch.arange(1, values.numel() + 1, dtype=values.dtype, device=values.device).sin().view_as(values)
+    try:
+        found = torch.autograd.grad((values * weights).sum(), parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise CannotShare("gradient checkpointing is reentrant; pass use_reentrant=False.") from error
+    size = max((float(one.detach().abs().max()) for one in found if one is not None and one.numel()), default=0.0)
+    gradients = [torch.zeros(()) if one is None else one / (size or 1.0) for one in found]
+    return [values.detach(), *gradients]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    precise = one.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(one.device.type)
+    tolerance = 1e-4 if precise and one.device.type == "cpu" else 2e-2
+    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
 def _stacking(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> Stacking | None:
     """Stacked forwards where they are wanted and were found to be right.
 
@@ -483,7 +566,7 @@ def _stacking(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> St
             raise CannotStack("its loss is computed by a function or a trainer that may look at the whole batch.")
         if forwards.is_compiled:
             raise CannotStack("it is compiled.")
-        return Stacking(forwards, batches, step.variants, step._plan)
+        return Stacking(forwards, batches, step.variants, step._plan, step._shares_lower)
     except CannotStack as error:
         reason = str(error)
     except Exception as error:  # of the model or the loss, which both did without stacking

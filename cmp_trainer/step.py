@@ -23,12 +23,15 @@ from cmp_trainer import checks
 from cmp_trainer.ablations.crop import CmpCrop, removed_tokens
 from cmp_trainer.ablations.plan import Variant, variants_of
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.compiled import is_compiled
-from cmp_trainer.execution.forwards import Forwards, LossFunction, versions
+from cmp_trainer.execution.forwards import Forwards, LossFunction, own_containers, versions
+from cmp_trainer.execution.layers import find_stack
 from cmp_trainer.execution.low_memory import loss_in_backward
 from cmp_trainer.execution.one_forward import devices_of, in_one_forward, inner_model
 from cmp_trainer.execution.processes import agreed_batch, num_processes
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state, rng_restart
+from cmp_trainer.execution.shared import Boundary, Lower, lower_parts
 from cmp_trainer.execution.stacking import Stacking, prefer_stacked
 from cmp_trainer.losses.comparative import ComparativeLoss, Objective, minimized
 from cmp_trainer.losses.layouts import entries, is_label
@@ -85,6 +88,8 @@ class ComparativeStep:
         forward: `sequential`, one forward a variant; `stacked`, one forward for all drop variants; `auto`, stacked
             where that was measured to be faster and was found to be right.
         low_memory: exact gradients at the activation memory of one variant, for c more forwards.
+        ablated_layers: N, only the top N layers of the model and its head are ablated, and the layers below them run
+            once for all variants; the whole model where None.
         processing_class, data_collator: the tokenizer and the data collator, which crops take their padding from.
 
     Raises:
@@ -112,12 +117,13 @@ class ComparativeStep:
         *,
         forward: ForwardChoice = "auto",
         low_memory: bool = False,
+        ablated_layers: int | None = None,
         processing_class: Any = None,
         data_collator: Any = None,
     ) -> None:
         self.model = model
         self.objective: Objective = ComparativeLoss() if objective is None else objective
-        self.forward, self.low_memory = forward, low_memory
+        self.forward, self.low_memory, self.ablated_layers = forward, low_memory, ablated_layers
         bare = bare_model(model)
         bound: dict[Any, Ablation] = {}
         given = list(ablations)
@@ -132,6 +138,8 @@ class ComparativeStep:
         self.num_comparisons = 0
         self._plans: dict[bool, Plan] = {}
         self._stacking: Stacking | None = None
+        self._boundary: Boundary | None = None
+        self._shares_lower = False
         self._checked = self._copies = self._is_compiled = False
         self._batches_seen = self._next_replan = 0
         self._deviation: Tensor | None = None
@@ -148,11 +156,13 @@ class ComparativeStep:
         Raises:
             ValueError: the loss cannot be compared; says why.
         """
-        run = partial(self._step, batch, loss_fn or model_loss)
+        loss_fn = loss_fn or model_loss
+        self._find_boundary(batch, loss_fn)
+        run = partial(self._step, batch, loss_fn)
         if self.low_memory and torch.is_grad_enabled():
-            with inner_model(self.model) as model:
+            with inner_model(self.model, self._parts) as model:
                 return run(model)
-        return in_one_forward(self.model, run)
+        return in_one_forward(self.model, run, self._parts)
 
     def log(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Mean losses of the variants and the violation rate since the last call; empty when nothing was compared.
@@ -168,7 +178,8 @@ class ComparativeStep:
         """VariantLosses of a batch without a gradient, of all variants by default; the random state is unchanged."""
         loss_fn, devices = loss_fn or model_loss, self.devices(batch)
         variants = self.variants if variants is None else variants
-        with preserve_rng_state(devices), torch.no_grad(), inner_model(self.model) as model:
+        self._find_boundary(batch, loss_fn)
+        with preserve_rng_state(devices), torch.no_grad(), inner_model(self.model, self._parts) as model:
             batches = self._batches(batch, variants)
             forwards = self._forwards(model, loss_fn, RandomState.capture(devices))
             plan = self._plan_of(forwards, batch, variants[0], batches)
@@ -187,7 +198,8 @@ class ComparativeStep:
         """The loss of a batch at a level of every kind, and VariantLosses `(batch, parts)` of its examples, None where
         nothing has a label. Runs from the random state that it finds; without a gradient."""
         full = self.variants[0]  # planned without an ablation
-        with torch.no_grad(), inner_model(self.model) as model:
+        self._find_boundary(batch, loss_fn)
+        with torch.no_grad(), inner_model(self.model, self._parts) as model:
             forwards = self._forwards(model, loss_fn, RandomState.capture(self.devices(batch)))
             plan = self._plan_of(forwards, batch, full, {full.levels: batch})
             forward = forwards.run(batch, levels, only=set() if plan is None else plan.places)
@@ -197,9 +209,14 @@ class ComparativeStep:
         weights = shares.weights
         return forward.loss.detach(), VariantLosses(shares.values / weights.masked_fill(weights == 0, 1), weights)
 
+    def ablated(self, batch: Any, loss_fn: LossFunction, levels: tuple[int, ...], start: RandomState) -> Ablated:
+        """Context in which a forward of this batch runs at a level of every kind."""
+        self._find_boundary(batch, loss_fn)
+        return Ablated(self.kinds, levels, start, boundary=self._boundary)
+
     def check_again(self) -> None:
         """Check the next batch like the first one, after a change to something that the checks depend on."""
-        self._checked, self._stacking, self._plans = False, None, {}
+        self._checked, self._stacking, self._boundary, self._plans = False, None, None, {}
 
     def check_end(self) -> None:
         """Check what can only be seen at the end of a training.
@@ -240,8 +257,8 @@ class ComparativeStep:
             stacked = self._stacking.run(forwards, batches, self.variants)
             if stacked is not None:
                 return self._minimized(stacked)
-        before = versions(full)
-        forward, shares = self._full(forwards, full)
+        before, lowers = versions(full), self._lowers()
+        forward, shares = self._full(forwards, full, lowers.get(self.variants[0].levels))
         if not self._copies and versions(full) != before:
             raise CannotCompare(
                 "the model writes into the tensors of its batch, which it did not do on the first batch, so the "
@@ -249,7 +266,8 @@ class ComparativeStep:
             )
         if shares is None:
             return forward.loss  # nothing in this batch has a label
-        every = [shares, *(self._read(forwards, self._plan, batches, variant) for variant in self.variants[1:])]
+        read = partial(self._read, forwards, self._plan, batches)
+        every = [shares, *(read(variant, lowers.get(variant.levels)) for variant in self.variants[1:])]
         return self._minimized(every)
 
     def _minimized(self, shares: Sequence[Shares]) -> Tensor:
@@ -264,12 +282,22 @@ class ComparativeStep:
 
     def _low_memory(self, forwards: Forwards, batches: Mapping[tuple, Any], devices: set[torch.device]) -> Tensor:
         full, *others, last = self.variants
+        lowers = self._lowers()
+        lower = lowers.get(full.levels)
+        if lower is not None:
+            lower.keeps_graph = True
         with torch.no_grad():
-            plan, first = self._full_without_graph(forwards, batches[full.levels])
+            plan, first = self._full_without_graph(forwards, batches[full.levels], lower)
             if plan is None or first is None:
                 return forwards.run(batches[full.levels], full.levels).loss  # nothing in this batch has a label
-            shares = [first, *(self._read(forwards, plan, batches, variant) for variant in others)]
-        kept = self._read(forwards, plan, batches, last)  # the graph of one variant may stay
+            shares = [first, *(self._read(forwards, plan, batches, one, lowers.get(one.levels)) for one in others)]
+        # Of what variants share, only the full model's keeps its graph.
+        with_graph = {levels: one for levels, one in lowers.items() if one is lower}
+        if lower is not None:
+            lower.returns_leaves = True
+        kept = self._read(
+            forwards, plan, batches, last, with_graph.get(last.levels)
+        )  # may keep its graph, as the only one
         leaf = torch.stack([one.values for one in (*shares, kept)], -1).detach().requires_grad_()
         value = minimized(self.objective, leaf, first.weights)
         (factors,) = torch.autograd.grad(value, leaf)  # (batch, parts, 1 + c)
@@ -277,26 +305,28 @@ class ComparativeStep:
         wrapped = self.model
 
         def term(index: int, model: nn.Module) -> Tensor:
-            ours = self._forwards(model, forwards.loss_fn, forwards.start)
-            shares = self._read(ours, plan, batches, self.variants[index])
+            ours, variant = self._forwards(model, forwards.loss_fn, forwards.start), self.variants[index]
+            shares = self._read(ours, plan, batches, variant, with_graph.get(variant.levels))
             scalar = (shares.values * factors[..., index]).sum()
             return scalar + shares.rest if index == 0 else scalar
 
         terms = [lambda: (kept.values * factors[..., -1]).sum()]
         terms += [partial(term, index, forwards.model) for index in range(len(others), 0, -1)]
-        terms.append(lambda: in_one_forward(wrapped, partial(term, 0)))
-        return loss_in_backward(value.detach() + first.rest.detach(), terms, devices)
+        terms.append(lambda: in_one_forward(wrapped, partial(term, 0), self._parts))
+        return loss_in_backward(value.detach() + first.rest.detach(), terms, devices, lower)
 
-    def _full_without_graph(self, forwards: Forwards, batch: Any) -> tuple[Plan | None, Shares | None]:
+    def _full_without_graph(
+        self, forwards: Forwards, batch: Any, lower: Lower | None
+    ) -> tuple[Plan | None, Shares | None]:
         """The plan and the full model's shares, planned anew with a graph where the plan does not fit."""
         levels, plan = self.variants[0].levels, self._plans.get(True)
         if plan is not None:
             try:
-                return plan, read_shares(forwards.run(batch, levels, only=plan.places), plan, batch)
+                return plan, read_shares(forwards.run(batch, levels, only=plan.places, lower=lower), plan, batch)
             except Replan:
                 pass
         with torch.enable_grad():
-            _, shares = self._full(forwards, batch)
+            _, shares = self._full(forwards, batch, lower)
         return self._plans.get(True), shares
 
     # --- shares ---
@@ -305,13 +335,17 @@ class ComparativeStep:
     def _plan(self) -> Plan:
         return self._plans[True]
 
-    def _full(self, forwards: Forwards, batch: Any) -> tuple[Forward, Shares | None]:
+    def _lowers(self) -> dict[tuple[int, ...], Lower]:
+        """By the levels of each variant, what it shares with others below the boundary."""
+        return lower_parts(self.kinds, [one.levels for one in self.variants]) if self._shares_lower else {}
+
+    def _full(self, forwards: Forwards, batch: Any, lower: Lower | None = None) -> tuple[Forward, Shares | None]:
         """The full model's loss and shares, planned anew where the plan does not fit this batch."""
         levels, plan = self.variants[0].levels, self._plans.get(True)
         again = plan is not None and plan.undecided and self._batches_seen >= self._next_replan
         again = again and num_processes() == 1  # processes do equally many forwards
         if plan is not None and not again:
-            forward = forwards.run(batch, levels, watch=not plan.anchors and not plan.crosses)
+            forward = forwards.run(batch, levels, watch=not plan.anchors and not plan.crosses, lower=lower)
             try:
                 shares = read_shares(forward, plan, batch)
                 if self._passes(shares, forward, plan):
@@ -321,7 +355,9 @@ class ComparativeStep:
             if _is_unlabelled(batch):
                 return forward, None
         self._next_replan = 2 * self._batches_seen + 1
-        forward = forwards.run(batch, levels, watch=True)
+        if lower is not None:
+            lower.forget()
+        forward = forwards.run(batch, levels, watch=True, lower=lower)
         plan = self._find_plan(forwards, forward, batch)
         if plan is None:
             return forward, None
@@ -362,9 +398,16 @@ class ComparativeStep:
             self._plans[model.training] = plan
         return plan
 
-    def _read(self, forwards: Forwards, plan: Plan, batches: Mapping[tuple, Any], variant: Variant) -> Shares:
+    def _read(
+        self,
+        forwards: Forwards,
+        plan: Plan,
+        batches: Mapping[tuple, Any],
+        variant: Variant,
+        lower: Lower | None = None,
+    ) -> Shares:
         only = None if torch.is_grad_enabled() else plan.places
-        forward = forwards.run(batches[variant.levels], variant.levels, only=only)
+        forward = forwards.run(batches[variant.levels], variant.levels, only=only, lower=lower)
         try:
             return read_shares(forward, plan, batches[variant.levels])
         except Replan as replan:
@@ -393,10 +436,27 @@ class ComparativeStep:
 
     # --- what a step starts from ---
 
+    @property
+    def _parts(self) -> Sequence[nn.Module]:
+        """What is compiled one by one where torch.compile wraps the model, so that the boundary between is seen."""
+        return () if self._boundary is None else self._boundary.modules
+
+    def _find_boundary(self, batch: Any, loss_fn: LossFunction) -> None:
+        """Find the layers that are ablated, where the caller asked for the top ones only."""
+        if self.ablated_layers is None or self._boundary is not None:
+            return
+        full = self.variants[0]
+        devices = self.devices(batch)
+        with preserve_rng_state(devices), inner_model(self.model) as model, checks.unchanged_buffers(model):
+            batch = own_containers(self._batches(batch, [full])[full.levels], copy_tensors=True)
+            forwards = self._forwards(model, loss_fn, None)
+            stack = find_stack(model, lambda: forwards.run(batch, full.levels, only=set()), self.ablated_layers)
+        self._boundary = Boundary(stack, self.ablated_layers)
+
     def _forwards(self, model: nn.Module, loss_fn: LossFunction, start: RandomState | None) -> Forwards:
         if not self._checked:
             self._is_compiled = is_compiled(model)
-        return Forwards(model, loss_fn, self.kinds, start, self._copies, self._is_compiled)
+        return Forwards(model, loss_fn, self.kinds, start, self._copies, self._is_compiled, self._boundary)
 
     def devices(self, batch: Any) -> set[torch.device]:
         """The devices that a forward of this batch may draw random numbers on."""

@@ -87,12 +87,17 @@ class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
             return list(self._given_ablations)
         return self.args.cmp_ablations if self.num_ablations else []
 
+    @property
+    def ablated_layers(self) -> int | None:
+        """How many of the top layers are ablated; None for the whole model."""
+        return getattr(self.args, "cmp_ablated_layers", None) if self.num_ablations else None
+
     def comparative_step(self, model: nn.Module | None = None) -> ComparativeStep:
         """The step that training runs, made anew where the arguments or the model have changed."""
         model = self.model if model is None else model
         assert isinstance(model, nn.Module)
         objective = self._given_objective or getattr(self.args, "cmp_objective_function", None)
-        made_of = (self.ablations, objective, id(bare_model(model)))
+        made_of = (self.ablations, objective, self.ablated_layers, id(bare_model(model)))
         if self._step is None or made_of != self._made_of:
             if hasattr(self.args, "check_cmp_arguments"):
                 self.args.check_cmp_arguments()  # a hyperparameter search changes them
@@ -103,6 +108,7 @@ class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
                 objective,
                 forward=getattr(self.args, "cmp_forward", "auto"),
                 low_memory=getattr(self.args, "cmp_low_memory", False),
+                ablated_layers=self.ablated_layers,
                 processing_class=self.processing_class,
                 data_collator=self.data_collator,
             )

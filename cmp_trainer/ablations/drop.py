@@ -14,7 +14,7 @@ Source: https://doi.org/10.1145/3652599, section on CmpDrop.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch.nn import functional as F
@@ -74,6 +74,7 @@ class CmpDrop(Ablation):
     growth: Growth = "compound"
     base_rate: float | None = None
     rates: tuple[float, ...] | None = None
+    leaves_lower_layers: ClassVar[bool] = True  # below the boundary dropout is off
 
     def __post_init__(self) -> None:
         if self.growth not in get_args(Growth):

@@ -38,9 +38,12 @@ class Ablation:
     Attributes:
         name: what variants of this kind are called in logs and curves: `loss_heads_1`, `loss_heads_2`, … Variants of
             CmpDrop and CmpCrop are numbered through: `loss_ablated_1`, `loss_ablated_2`, …
+        leaves_lower_layers: whether all levels compute the same below the top layers that --cmp_ablated_layers asks
+            for, so that these lower layers run once for all of them.
     """
 
     name: str = "ablated"
+    leaves_lower_layers: bool = False
 
     def for_model(self, model: nn.Module, processing_class: Any = None, data_collator: Any = None) -> Ablation:
         """This ablation with what it needs to know of the model, its tokenizer and the data collator."""

@@ -6,15 +6,18 @@ Training, evaluation, curves and the recomputation of gradient checkpointing all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
+
+import torch
 
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.protocol import Ablation, Handler
 from cmp_trainer.execution.intercept import Intercept
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.recompute import recompute_inside
+from cmp_trainer.execution.shared import Boundary, Lower, Place, Walk, check_crossed
 
 _WITHOUT_DROPOUT = CmpDrop().calls(0)
 
@@ -28,6 +31,8 @@ class Ablated:
         start: the random state the forward starts from; as it is when entered where None.
         calls: further torch functions to intercept (the reductions of a loss).
         others: a handler of all other torch functions.
+        boundary: where the ablated layers begin; None where the whole model is ablated.
+        lower: what is shared with other forwards below the boundary.
     """
 
     def __init__(
@@ -37,40 +42,71 @@ class Ablated:
         start: RandomState | None = None,
         calls: Mapping[Callable, Handler] | None = None,
         others: Handler | None = None,
+        boundary: Boundary | None = None,
+        lower: Lower | None = None,
     ) -> None:
         self.kinds, self.levels, self.start = list(kinds), list(levels), start
         # Dropout belongs to CmpDrop: without it, or at level 0, every variant runs without dropout.
         self.handlers: dict[Callable, Handler] = {**_WITHOUT_DROPOUT, **(calls or {})}
         for kind, level in zip(self.kinds, self.levels, strict=True):
             self.handlers |= kind.calls(level)
-        self.others = others
+        self.others, self.boundary, self.lower = others, boundary, lower
+        self._below = {**self.handlers, **_WITHOUT_DROPOUT}
+        self._walk: Walk | None = None
         self._entered: list[ExitStack] = []
 
     @property
     def is_entered(self) -> bool:
         return bool(self._entered)
 
+    @property
+    def place(self) -> Place | None:
+        """How far the forward has come; None without a boundary."""
+        return None if self._walk is None else self._walk.place
+
     def __enter__(self) -> Ablated:
+        self._enter()
+        return self
+
+    def _enter(self, place: Place | None = None) -> None:
         with ExitStack() as stack:
             if self.start is not None and not self._entered:
                 self.start.restore()
             for kind, level in zip(self.kinds, self.levels, strict=True):
                 stack.enter_context(kind.context(level))
             stack.enter_context(recompute_inside(self))
-            stack.enter_context(Intercept(self.handlers, self.others))
+            intercept = Intercept(self.handlers, self.others)
+            if self.boundary is not None:
+
+                def switch(below: bool) -> None:
+                    intercept.handlers = self._below if below else self.handlers
+
+                self._walk = stack.enter_context(Walk(self.boundary, self.lower, self._devices, switch, place))
+            stack.enter_context(intercept)
             self._entered.append(stack.pop_all())
-        return self
 
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._entered.pop().__exit__(*error)
+    def __exit__(self, kind: Any, *error: Any) -> bool | None:
+        self._entered.pop().__exit__(kind, *error)
+        if kind is None and self._walk is not None and not self._walk.is_recomputed:
+            check_crossed(self._walk)
+            if self.lower is not None:
+                self.lower.is_recorded = True
 
-    def recompute(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Call a part of the forward a second time, in backward, where its own random state has been restored."""
+    def recompute(
+        self, function: Callable, args: tuple, kwargs: dict[str, Any], place: Place | None, reentrant: bool
+    ) -> Any:
+        """Call a checkpointed part of the forward: the first time, or a second time, in backward, where its own
+        random state has been restored."""
         if self._entered:
-            return function(*args, **kwargs)
-        devices = self.start.devices if self.start is not None else ()
+            with self._walk.reentrant() if reentrant and self._walk is not None else nullcontext():
+                return function(*args, **kwargs)
         with ExitStack() as stack:
-            with preserve_rng_state(devices) as now:
-                stack.enter_context(self)  # `context` draws what it drew at the start of the forward
+            with preserve_rng_state(self._devices) as now:
+                self._enter(place)  # `context` draws what it drew at the start of the forward
+                stack.push(self)
             now.restore()
             return function(*args, **kwargs)
+
+    @property
+    def _devices(self) -> Iterable[torch.device]:
+        return self.start.devices if self.start is not None else ()

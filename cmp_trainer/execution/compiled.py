@@ -7,7 +7,7 @@ they are and compiles what is below them, `model.base_model`, with the same sett
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import nn
 
 
 @contextmanager
-def head_uncompiled(model: nn.Module) -> Iterator[nn.Module]:
+def head_uncompiled(model: nn.Module, parts: Sequence[nn.Module] = ()) -> Iterator[nn.Module]:
     """The model inside of torch.compile, with its base model compiled in the body; other models as they are.
+
+    Args:
+        parts: parts of the base model that are compiled one by one in its place, where their calls have to be seen.
 
     A compiled backward keeps its buffers meanwhile, since the shares of a loss are read before the loss's backward.
     """
@@ -30,12 +33,19 @@ def head_uncompiled(model: nn.Module) -> Iterator[nn.Module]:
         if base is None or inner is None or settings is None:
             yield model
             return
-        compiled = base._compiled_call_impl
-        base._compiled_call_impl = settings(base._call_impl)
+        inside = set(base.modules())
+        compiled = {part: part._compiled_call_impl for part in parts if part in inside} or {
+            base: base._compiled_call_impl
+        }
+        limit = torch._dynamo.config.recompile_limit * len(compiled)  # it counts the graphs of all parts together
         try:
-            yield inner
+            for part in compiled:
+                part._compiled_call_impl = settings(part._call_impl)
+            with torch._dynamo.config.patch(recompile_limit=limit):  # pyright: ignore
+                yield inner
         finally:
-            base._compiled_call_impl = compiled
+            for part, before in compiled.items():
+                part._compiled_call_impl = before
 
 
 def is_compiled(model: nn.Module) -> bool:

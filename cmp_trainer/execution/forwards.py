@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.random_state import RandomState
+from cmp_trainer.execution.shared import Boundary, Lower
 from cmp_trainer.losses.layouts import entries
 from cmp_trainer.losses.reductions import Reductions
 from cmp_trainer.losses.shares import Forward, output_tensors
@@ -38,6 +39,7 @@ class Forwards:
         start: the random state; None where each goes on from the random state it finds.
         copies: whether the model writes into its inputs, so that each forward gets copies.
         is_compiled: whether torch.compile runs the model or a part of it.
+        boundary: where the ablated layers begin; None where the whole model is ablated.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class Forwards:
         start: RandomState | None,
         copies: bool = False,
         is_compiled: bool = False,
+        boundary: Boundary | None = None,
     ) -> None:
         self.model, self.loss_fn, self.kinds, self.start, self.copies = model, loss_fn, kinds, start, copies
-        self.is_compiled = is_compiled
+        self.is_compiled, self.boundary = is_compiled, boundary
         self.last: Ablated | None = None  # the context of the latest forward
 
     def run(
@@ -61,6 +64,7 @@ class Forwards:
         only: set[tuple[str, str]] | None = None,
         watch: bool = False,
         kinds: Sequence[Ablation] | None = None,
+        lower: Lower | None = None,
     ) -> Forward:
         """The loss of a batch at a level of every kind.
 
@@ -68,11 +72,14 @@ class Forwards:
             only: places of the reductions to note; without a graph they have to be given.
             watch: also keep the latest activations by row, for planning.
             kinds: in place of those of this object.
+            lower: what is shared with other forwards below the boundary.
         """
         reductions, activations = Reductions(only), _Activations()
         with_graph = torch.is_grad_enabled()
         others = (activations.keep if watch else None) if with_graph else reductions.follow
-        self.last = ablated = Ablated(kinds or self.kinds, levels, self.start, reductions.handlers, others)
+        self.last = ablated = Ablated(
+            kinds or self.kinds, levels, self.start, reductions.handlers, others, self.boundary, lower
+        )
         outputs: list[Tensor] = []
         checking = watch or not with_graph
         with outputs_noted(self.model, outputs), eager_where_compiled(self.is_compiled, checking), ablated:

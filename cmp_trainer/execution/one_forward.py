@@ -5,7 +5,7 @@ that forward returns, and each parameter may be ready only once. So the 1 + c fo
 forward of the wrapper, which returns their loss.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,9 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from cmp_trainer.execution.compiled import head_uncompiled
 
 
-def in_one_forward(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tensor:
-    """`run(module)`, with the module inside of DistributedDataParallel and torch.compile, or `model` itself."""
-    with head_uncompiled(model) as inner:
+def in_one_forward(model: nn.Module, run: Callable[[nn.Module], Tensor], parts: Sequence[nn.Module] = ()) -> Tensor:
+    """`run(module)`, with the module inside of DistributedDataParallel and torch.compile, or `model` itself.
+
+    Args:
+        parts: of the model, which are compiled one by one where it is compiled.
+    """
+    with head_uncompiled(model, parts) as inner:
         if not isinstance(inner, DistributedDataParallel):
             return run(inner)
 
@@ -39,9 +43,9 @@ def is_data_parallel(model: nn.Module) -> bool:
 
 
 @contextmanager
-def inner_model(model: nn.Module) -> Iterator[nn.Module]:
-    """The model inside of DistributedDataParallel and torch.compile, or `model` itself."""
-    with head_uncompiled(model) as inner:
+def inner_model(model: nn.Module, parts: Sequence[nn.Module] = ()) -> Iterator[nn.Module]:
+    """The model inside of DistributedDataParallel and torch.compile, or `model` itself; `parts` as above."""
+    with head_uncompiled(model, parts) as inner:
         yield inner.module if isinstance(inner, DistributedDataParallel) else inner
 
 

@@ -17,7 +17,9 @@ from torch.utils import checkpoint
 
 
 class _Recomputes(Protocol):
-    def recompute(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any: ...
+    place: Any
+
+    def recompute(self, function: Any, args: tuple, kwargs: dict[str, Any], place: Any, reentrant: bool) -> Any: ...
 
 
 @contextmanager
@@ -37,14 +39,16 @@ def recompute_inside(ablated: _Recomputes) -> Iterator[None]:
     own_apply = vars(reentrant).get("apply")  # of the class itself; None where it is inherited
     apply = reentrant.apply
 
-    def inside(function: Any) -> Any:
+    def inside(function: Any, reentrant: bool = False) -> Any:
+        place = ablated.place
+
         def recomputed(*args: Any, **kwargs: Any) -> Any:
-            return ablated.recompute(function, args, kwargs)
+            return ablated.recompute(function, args, kwargs, place, reentrant)
 
         return recomputed
 
     setattr(checkpoint, name, lambda function, *args, **kwargs: generator(inside(function), *args, **kwargs))
-    reentrant.apply = staticmethod(lambda function, *args: apply(inside(function), *args))
+    reentrant.apply = staticmethod(lambda function, *args: apply(inside(function, reentrant=True), *args))
     try:
         yield
     finally:

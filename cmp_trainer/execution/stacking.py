@@ -19,6 +19,7 @@ from cmp_trainer.ablations.plan import Variant
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.forwards import Forwards
 from cmp_trainer.execution.processes import num_processes
+from cmp_trainer.execution.shared import CannotShare, FirstGroup, NotedShapes
 from cmp_trainer.execution.stacked import CannotStack, NotedSites, StackedDrop, check_no_batch_norm, row_names, stack
 from cmp_trainer.losses.layouts import Layout, entries, num_rows
 from cmp_trainer.losses.reductions import Place
@@ -47,15 +48,23 @@ class Stacking:
     Args:
         forwards, batches, variants: those of the first batch.
         plan: where the shares of the loss are.
+        shares_lower: whether layers below the boundary run once for all variants.
 
     Raises:
         CannotStack: the model or its loss keeps the rows of a stacked batch not apart; says where.
     """
 
     def __init__(
-        self, forwards: Forwards, batches: Mapping[tuple, Any], variants: Sequence[Variant], plan: Plan
+        self,
+        forwards: Forwards,
+        batches: Mapping[tuple, Any],
+        variants: Sequence[Variant],
+        plan: Plan,
+        shares_lower: bool = False,
     ) -> None:
         self.plan = plan
+        self._shapes: NotedShapes | None = NotedShapes() if shares_lower else None
+        self._shapes_stacked: dict[int, NotedShapes] = {}  # by the number of groups
         self.drop_kind = _drop_kind(forwards.kinds, plan)
         full = batches[variants[0].levels]
         if not isinstance(full, Mapping):
@@ -78,10 +87,10 @@ class Stacking:
             batch, drop = batches[group[0].levels], self._drop_of(forwards, group)
             kinds = [drop if number == self.drop_kind else kind for number, kind in enumerate(forwards.kinds)]
             stacked = stack(batch, names, len(group))
-            forward = forwards.run(stacked, group[0].levels, kinds=kinds)
             try:
+                forward = forwards.run(stacked, group[0].levels, kinds=kinds, lower=self._lower(len(group)))
                 found = read_shares(forward, self.plan, stacked, self.factors if len(group) > 1 else None)
-            except (Replan, KeyError):
+            except (Replan, KeyError, CannotShare):
                 return None
             off = deviation(found, forward, self.plan)
             if off is not None and off > tolerance(forward):
@@ -118,15 +127,17 @@ class Stacking:
         if len(group) < 2:
             raise CannotStack("no two variants have the same input.")
         batch, drop = batches[group[0].levels], forwards.kinds[self.drop_kind]
+        rows = num_rows(batch) or 0
+        self._note_shapes(forwards, batch, {len(one) for one in self._groups(variants)}, group[0])
         singles, sites = [], []
         for variant in group:
             noted = NotedSites(drop, variant.levels[self.drop_kind])
             singles.append(forwards.run(batch, variant.levels, kinds=self._with(forwards, noted)))
             sites.append(noted.results)
         noted = NotedSites(self._drop_of(forwards, group))
-        rows = num_rows(batch) or 0
         stacked_batch = stack(batch, self.names, len(group))
-        stacked = forwards.run(stacked_batch, group[0].levels, kinds=self._with(forwards, noted))
+        kinds = self._with(forwards, noted)
+        stacked = forwards.run(stacked_batch, group[0].levels, kinds=kinds, lower=self._lower(len(group)))
         precise = tolerance(stacked) <= 1e-3 and stacked.loss.device.type == "cpu"
         rtol, atol = (1e-4, 1e-6) if precise else (1e-2, 1e-3)
         for number, result in enumerate(noted.results):
@@ -149,6 +160,26 @@ class Stacking:
         if not torch.allclose(found.values, expected, rtol=3 * rtol, atol=size * rtol):
             raise CannotStack(f"its losses differ by up to {difference:.3g}.")
         _compare_gradients(forwards.model, found.values, expected, rtol)
+
+    def _note_shapes(self, forwards: Forwards, batch: Any, sizes: set[int], variant: Variant) -> None:
+        if self._shapes is None:
+            return
+        with torch.no_grad():
+            forwards.run(batch, variant.levels, only=set(), lower=self._shapes)
+            for size in sizes - {1}:
+                self._shapes_stacked[size] = NotedShapes()
+                stacked = stack(batch, self.names, size)
+                forwards.run(stacked, variant.levels, only=set(), lower=self._shapes_stacked[size])
+        for size in sizes - {1}:
+            self._lower(size)  # raises where it cannot be
+
+    def _lower(self, groups: int) -> FirstGroup | None:
+        if self._shapes is None or groups == 1:
+            return None
+        try:
+            return FirstGroup(groups, self._shapes, self._shapes_stacked[groups])
+        except CannotShare as error:
+            raise CannotStack(str(error)) from error
 
     def _with(self, forwards: Forwards, drop: Ablation) -> list[Ablation]:
         return [drop if number == self.drop_kind else kind for number, kind in enumerate(forwards.kinds)]

@@ -27,7 +27,6 @@ from cmp_trainer.ablations.plan import variants_of
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.chain import ChainLoss, shadowed, without_segments
 from cmp_trainer.checks import check_drops, check_trainer, train_mode_except_batch_norm
-from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.traces import no_traces
 from cmp_trainer.reports.curves import ablation_curve
@@ -110,7 +109,7 @@ class AblatedEvaluation:
             set_seed(int(np.random.SeedSequence([self.seed, self._batches]).generate_state(1)[0]))
             batch = without_segments(step.batch_at(inputs, self.levels, self.most))
             start = RandomState.capture(devices)
-            with Ablated(step.kinds, self.levels, start):
+            with step.ablated(inputs, _loss_of(trainer), self.levels, start):
                 prediction = _predict(trainer, chain, model, batch, *args, **kwargs)
             if prediction[0] is not None:
                 with torch.no_grad(), trainer.compute_loss_context_manager():
@@ -243,8 +242,13 @@ class EvaluatesVariants(Trainer):
         """A step whose kinds of ablation are measured one by one; that of training is left alone."""
         check_trainer(self)
         assert self.model is not None
+        layers = getattr(self.args, "cmp_ablated_layers", None)
         return ComparativeStep(
-            self.model, ablations, processing_class=self.processing_class, data_collator=self.data_collator
+            self.model,
+            ablations,
+            ablated_layers=layers if any(ablation.leaves_lower_layers for ablation in ablations) else None,
+            processing_class=self.processing_class,
+            data_collator=self.data_collator,
         )
 
     def ablated_evaluation(

@@ -1,0 +1,202 @@
+"""Where a model's stack of layers is, found by watching one forward.
+
+Models keep their layers under many names (`encoder.layer`, `h`, `decoder.block`, `blocks`), and some run one layer
+many times. So nothing is looked up by name: one forward is watched, and a stack is a list of modules of one kind that
+are called one after the other, each on floating-point numbers. Of several stacks (encoder and decoder, image tower and
+language model) the one that starts last is taken. A list inside of a layer is no stack, nor is a small list beside a
+large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+_LISTS = (nn.ModuleList, nn.Sequential)
+_SMALL = 0.1  # of the parameters of the largest stack
+
+
+class NoStack(ValueError):
+    """The model has no stack of layers, or too short a one."""
+
+
+@dataclass
+class _Call:
+    """A module's call in a forward, and the calls inside of it."""
+
+    module: nn.Module
+    takes_floats: bool = False
+    inside: list[_Call] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of a model, in the order of their calls.
+
+    Attributes:
+        name: of the list in the model.
+        layers: one entry a call; a layer that is run many times stands there as often.
+        path: the modules whose forwards the layers' calls lie in, from the model to the one that calls the layers.
+        beside: all other modules that are called by those on the path.
+    """
+
+    name: str
+    layers: tuple[nn.Module, ...]
+    path: tuple[nn.Module, ...]
+    beside: tuple[nn.Module, ...]
+
+
+def find_stack(model: nn.Module, run: Callable[[], Any], num_layers: int) -> Stack:
+    """The stack of a model.
+
+    Args:
+        run: runs one forward.
+        num_layers: how many of its layers are asked for.
+
+    Raises:
+        NoStack: there is none, or it has fewer layers; names the stacks that were found.
+    """
+    found = _stacks(model, _watched(model, run))
+    if not found:
+        raise NoStack(
+            f"--cmp_ablated_layers {num_layers}: no stack of layers was found in {type(model).__name__}, that is, no "
+            "list of modules of one kind that are called one after the other. Leave it out to ablate the whole model."
+        )
+    stack = found[-1]
+    if num_layers > len(stack.layers):
+        others = "".join(f"; {len(one.layers)} in {one.name}" for one in found[:-1])
+        raise NoStack(
+            f"--cmp_ablated_layers {num_layers} is more than the {len(stack.layers)} layers of {stack.name}, the "
+            f"stack of {type(model).__name__} that starts last{others}. Give 1 to {len(stack.layers)}, or leave it "
+            "out to ablate the whole model."
+        )
+    return stack
+
+
+def _watched(model: nn.Module, run: Callable[[], Any]) -> _Call:
+    """The tree of all module calls of a forward."""
+    root = _Call(model)
+    stack = [root]
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        call = _Call(module, bool(tensors) and tensors[0].is_floating_point())
+        stack[-1].inside.append(call)
+        stack.append(call)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        while stack.pop().module is not module:
+            pass
+
+    hooks = []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return root
+
+
+def _stacks(model: nn.Module, root: _Call) -> list[Stack]:
+    """The stacks among the calls, in the order in which they start."""
+    lists = _lists_of_layers(model)
+    found: dict[str, tuple[Stack, int]] = {}
+    for path, by_list in _frames(root, lists):
+        for name, (calls, size) in by_list.items():
+            found.pop(name, None)  # a model may run several times; its last run counts
+            found[name] = _stack(name, calls, path, lists[name]), size
+    for name, (stack, size) in found.items():
+        beside: dict[nn.Module, None] = {}
+        for call, path in _walk(root, ()):
+            if call.module in stack.path and all(one.module in stack.path for one in path):
+                beside |= {one.module: None for one in call.inside}
+        rest = tuple(one for one in beside if one not in stack.path and one not in stack.layers)
+        found[name] = Stack(stack.name, stack.layers, stack.path, rest), size
+    largest = max((size for _, size in found.values()), default=0)
+    return [stack for stack, size in found.values() if size >= _SMALL * largest]
+
+
+def _stack(name: str, calls: list[_Call], path: tuple[_Call, ...], elements: list[nn.Module]) -> Stack:
+    called = [call.module for call in calls]
+    in_order = [element for element in elements if element in called] == called
+    layers = elements if in_order else called  # elements that layer drop left out are layers too
+    return Stack(name, tuple(layers), tuple(one.module for one in path), ())
+
+
+def _frames(
+    root: _Call, lists: dict[str, list[nn.Module]]
+) -> Iterator[tuple[tuple[_Call, ...], dict[str, tuple[list[_Call], int]]]]:
+    """Calls that call layers, each with the path to it, and by list of layers the calls and their parameters."""
+    names = {element: name for name, elements in lists.items() for element in elements}
+    inside: set[int] = set()  # calls that are layers of a stack, or lie in one
+    for call, path in _walk(root, ()):
+        if any(id(one) in inside for one in (*path, call)):
+            continue
+        places: dict[str, list[int]] = {}
+        for place, one in enumerate(call.inside):
+            if one.module in names and one.takes_floats:
+                places.setdefault(names[one.module], []).append(place)
+        by_list: dict[str, tuple[list[_Call], int]] = {}
+        first, end = "", -1
+        for name, where in places.items():  # in the order of their first calls
+            size = sum(_parameters(module) for module in {call.inside[place].module for place in where})
+            if where[0] < end:  # lists that take turns make up one stack, which begins where the first one does
+                by_list[first] = by_list[first][0], by_list[first][1] + size
+            else:
+                first, end = name, where[-1]
+                by_list[name] = [call.inside[place] for place in where], size
+            inside.update(id(call.inside[place]) for place in where)
+        if by_list:
+            yield (*path, call)[1:], by_list
+
+
+def _walk(call: _Call, path: tuple[_Call, ...]) -> Iterator[tuple[_Call, tuple[_Call, ...]]]:
+    yield call, path
+    for one in call.inside:
+        yield from _walk(one, (*path, call))
+
+
+def _lists_of_layers(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Lists of modules of one kind, each of several parts; lists of lists are read as one."""
+    found: dict[str, list[nn.Module]] = {}
+    read: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, _LISTS) or module in read:
+            continue
+        elements = list(_elements(module, read))
+        if elements and _of_one_kind(elements) and all(_has_parts(element) for element in elements):
+            found[name] = elements
+    return found
+
+
+def _elements(module: nn.Module, read: set[nn.Module]) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            read.add(child)
+            yield from _elements(child, read)
+        else:
+            yield child
+
+
+def _of_one_kind(elements: list[nn.Module]) -> bool:
+    """Whether they have a class in common that is more than a module."""
+    common = set.intersection(*(set(type(element).__mro__) for element in elements)) - set(nn.Module.__mro__)
+    return any(issubclass(kind, nn.Module) for kind in common)
+
+
+def _has_parts(module: nn.Module) -> bool:
+    parts = [one for one in module.modules() if one is not module and any(True for _ in one.parameters(recurse=False))]
+    return len(parts) > 1
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
