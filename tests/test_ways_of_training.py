@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from cmp_trainer import CmpDrop, CmpTrainer
+from cmp_trainer import CmpDrop, CmpTrainer, checks
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.losses.comparative import comparative_loss
 from tests.helpers import batch_of, cmp_trainer, free_port, gradients, same_weights, tiny_bert, token_data
@@ -526,9 +526,10 @@ def test_a_plain_trainer_with_ablations_in_its_arguments_is_an_error(tmp_path):
 SCRIPT = Path(distributed.__file__)
 
 
-KINDS = dict.fromkeys(distributed.SETTINGS, "DistributedDataParallel")
+KINDS = dict.fromkeys((*distributed.SETTINGS, *distributed.TOP_LAYER), "DistributedDataParallel")
 if NEW_NAMES:
-    KINDS.update(dict.fromkeys(distributed.SHARDED, "FSDPBertForTokenClassification"))
+    sharded = (*distributed.SHARDED, *distributed.TOP_LAYER_SHARDED)
+    KINDS.update(dict.fromkeys(sharded, "FSDPBertForTokenClassification"))
 
 
 @pytest.fixture(scope="module")
@@ -547,20 +548,45 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
+def in_one_process(folder, **settings):
     """The same batches accumulated in one process. Two processes fill up the short batch from the first rows."""
     rows = distributed.tokens(distributed.ROWS).to_list()
     data = Dataset.from_list(rows + rows[: -len(rows) % (2 * distributed.BATCH)])
-    return distributed.train(str(tmp_path_factory.mktemp("one")), data, accumulate=2, cmp_forward="sequential")
+    return distributed.train(str(folder), data, accumulate=2, cmp_forward="sequential", **settings)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return in_one_process(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def one_process_of_separate_forwards(tmp_path_factory):
+    """The top layer ablated, with the lower one run for each variant."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "_shares_lower", lambda *args: False)
+        return in_one_process(tmp_path_factory.mktemp("separate"), cmp_ablated_layers=1)
 
 
 @pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("setting", KINDS)
-def test_two_processes_train_as_one_process_with_two_batches(setting, two_processes, one_process):
+def test_two_processes_train_as_one_process_with_two_batches(
+    setting, two_processes, one_process, one_process_of_separate_forwards
+):
+    top = "top layer" in setting
+    expected = one_process_of_separate_forwards if top else one_process
+    assert not expected["shares"]
     for result in two_processes:
         assert result[setting]["kind"] == KINDS[setting]
-        torch.testing.assert_close(result[setting]["weights"], one_process["weights"])
+        assert result[setting]["shares"] == top
+        torch.testing.assert_close(result[setting]["weights"], expected["weights"])
+        for name in ("eval_whole_loss_full", "eval_whole_loss_ablated_2"):
+            assert not top or result[setting]["metrics"][name] == pytest.approx(expected["metrics"][name])
+
+
+def test_ablating_the_top_layer_alone_trains_other_weights(one_process, one_process_of_separate_forwards):
+    ours, theirs = one_process_of_separate_forwards["weights"], one_process["weights"]
+    assert any(not torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
 
 
 @pytest.mark.xdist_group("two processes")

@@ -61,6 +61,7 @@ class Boundary:
 class Place(NamedTuple):
     """How far a forward has come."""
 
+    records: bool
     below: bool
     layer: int
     shared: int
@@ -88,13 +89,12 @@ class Lower:
 
     def call(self, walk: Walk, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A module's call below the boundary."""
-        if self.is_recorded:
+        if not walk.records:
             return self._again(walk, module, args, kwargs)
         if walk.is_recomputed:
             return original(*args, **kwargs)
         before = [generator_state(device) for device in walk.devices]
-        with torch.set_grad_enabled(self.keeps_graph or torch.is_grad_enabled()):
-            output = original(*args, **kwargs)
+        output = original(*args, **kwargs)
         after = [generator_state(device) for device in walk.devices]
         has_drawn = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
         kept = tree_map(_copy if module in walk.boundary.written else _same, output)  # containers are copied anyway
@@ -104,7 +104,7 @@ class Lower:
 
     def cross(self, walk: Walk) -> None:
         """All variants go on from one random state."""
-        if self.is_recorded:
+        if not walk.records:
             if walk.crossings >= len(self._states):
                 raise CannotShare("a variant calls the layers more often than the full model.")
             self._states[walk.crossings].restore()
@@ -258,16 +258,18 @@ class Walk:
         self.boundary, self.lower = boundary, lower
         self.devices = list(dict.fromkeys([torch.device("cpu"), *devices]))
         self.is_recomputed = place is not None
-        self.below, self.layer, self.shared, self.crossings = place or Place(True, 0, 0, 0)
+        records = lower is not None and not lower.is_recorded
+        self.records, self.below, self.layer, self.shared, self.crossings = place or Place(records, True, 0, 0, 0)
         self._switch = switch
-        switch(self.below)
+        self._has_grad = torch.is_grad_enabled()
+        self._is_below(self.below)
         self._is_inside = False  # of a module that is shared as a whole
         self._is_reentrant = False
         self._before: list[tuple[nn.Module, bool, Any]] = []
 
     @property
     def place(self) -> Place:
-        return Place(self.below, self.layer, self.shared, self.crossings)
+        return Place(self.records, self.below, self.layer, self.shared, self.crossings)
 
     def __enter__(self) -> Walk:
         stack = self.boundary.stack
@@ -287,6 +289,7 @@ class Walk:
             else:
                 vars(module).pop(_CALL, None)
         self._before = []
+        torch.set_grad_enabled(self._has_grad)
 
     @contextmanager
     def reentrant(self) -> Iterator[None]:
@@ -301,8 +304,8 @@ class Walk:
 
     def _on_path(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
         if not self._is_inside:
-            self.below, self.layer = True, 0
-            self._switch(True)
+            self.layer = 0
+            self._is_below(True)
         return original(*args, **kwargs)
 
     def _owner(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -329,8 +332,14 @@ class Walk:
     def _cross(self) -> None:
         if self.lower is not None:
             self.lower.cross(self)
-        self.below, self.crossings = False, self.crossings + 1
-        self._switch(False)
+        self.crossings += 1
+        self._is_below(False)
+
+    def _is_below(self, below: bool) -> None:
+        self.below = below
+        self._switch(below)
+        if self.lower is not None and self.lower.keeps_graph and self.records:
+            torch.set_grad_enabled(below or self._has_grad)  # also for what the model computes between its modules
 
     def _shared(self, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._is_inside = True
@@ -385,7 +394,8 @@ def _seen_by_hooks(module: nn.Module, output: Any, args: tuple, kwargs: dict[str
     before = attributes.get("forward")
     attributes["forward"] = lambda *args, **kwargs: output
     try:
-        return module._call_impl(*args, **kwargs)
+        module._call_impl(*args, **kwargs)
+        return output
     finally:
         if before is None:
             del attributes["forward"]

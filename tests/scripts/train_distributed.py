@@ -31,6 +31,16 @@ SETTINGS = {
     },
     "reentrant checkpointing, low memory": {"cmp_low_memory": True, **REENTRANT},
 }
+TOP_LAYER = {
+    "top layer": {"cmp_ablated_layers": 1, **ONE_AFTER_THE_OTHER},
+    "top layer, stacked": {"cmp_ablated_layers": 1, "cmp_forward": "stacked"},
+    "top layer, low memory": {"cmp_ablated_layers": 1, "cmp_low_memory": True},
+    "top layer, gradient checkpointing": {
+        "cmp_ablated_layers": 1,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+}
 # Promise 10: both train the same weights.
 FULL_ALONE = {
     "full alone": {"cmp_objective": "regularized", "cmp_primary": "full", "cmp_weight": 0.0},
@@ -41,6 +51,10 @@ REJECTED = {"reentrant checkpointing": {**ONE_AFTER_THE_OTHER, **REENTRANT}}
 SHARDED = {
     "sharded": {"sharded": True, **ONE_AFTER_THE_OTHER},
     "sharded, low memory": {"sharded": True, "cmp_low_memory": True},
+}
+TOP_LAYER_SHARDED = {
+    "sharded, top layer": {"sharded": True, "cmp_ablated_layers": 1, **ONE_AFTER_THE_OTHER},
+    "sharded, top layer, low memory": {"sharded": True, "cmp_ablated_layers": 1, "cmp_low_memory": True},
 }
 
 
@@ -131,6 +145,7 @@ def train(output_dir: str, data: Dataset, accumulate: int, sharded: bool = False
         "metrics": metrics,
         "logs": [{key: log[key] for key in log if key.startswith("loss")} for log in trainer.state.log_history[:2]],
         "kind": type(trainer.model_wrapped).__name__,
+        "shares": not plain and trainer.comparative_step(trainer.model_wrapped)._shares_lower,
     }
 
 
@@ -141,7 +156,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     output_dir, *names = sys.argv[1:]
-    settings = {**SETTINGS, **SHARDED, **FULL_ALONE}
+    settings = {**SETTINGS, **SHARDED, **TOP_LAYER, **TOP_LAYER_SHARDED, **FULL_ALONE}
     results = {name: train(output_dir, tokens(ROWS), 1, **settings[name]) for name in names}
     for name, rejected in REJECTED.items():
         try:

@@ -16,13 +16,14 @@ from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 
 from cmp_trainer import CmpTrainingArguments
-from tests.scripts.train_distributed import BATCH, FULL_ALONE, ROWS, WITHOUT_DROPOUT, Compares, Plain, tiny_model, tokens
+from tests.scripts import train_distributed as distributed
+from tests.scripts.train_distributed import BATCH, ROWS, tiny_model, tokens
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "without the plugin": {"plain": True},
     "sequential": {"cmp_forward": "sequential"},
     "stacked": {"cmp_forward": "stacked"},
-    "full alone": FULL_ALONE["full alone"],
+    "full alone": distributed.FULL_ALONE["full alone"],
     "gradient checkpointing": {
         "cmp_forward": "sequential",
         "gradient_checkpointing": True,
@@ -52,6 +53,7 @@ def deepspeed_settings(stage: int) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -81,10 +83,9 @@ def train(output_dir: str, stage: int, plain: bool = False, **settings: Any) -> 
         disable_tqdm=True,
         **settings,
     )
-    model = tiny_model(**(WITHOUT_DROPOUT if plain else {}))
-    trainer = (Plain if plain else Compares)(
-        model=model, args=args, train_dataset=tokens(ROWS), eval_dataset=tokens(ROWS)
-    )
+    model = tiny_model(**(distributed.WITHOUT_DROPOUT if plain else {}))
+    kind = distributed.Plain if plain else distributed.Compares
+    trainer = kind(model=model, args=args, train_dataset=tokens(ROWS), eval_dataset=tokens(ROWS))
     trainer.train()
     held = sum(parameter.numel() for parameter in model.parameters())
     metrics = trainer.evaluate() if settings.get("cmp_eval_ablations") else {}
@@ -101,9 +102,9 @@ def whole(model: torch.nn.Module, stage: int) -> dict[str, torch.Tensor]:
     """The parameters, gathered from the processes where they are sharded."""
     if stage < 3:
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
-    with GatheredParameters(list(model.parameters())):
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return whole(model, 0)
 
 
