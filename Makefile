@@ -55,13 +55,15 @@ test-floor: $(READY_FLOOR) ## the same with the oldest torch, whose wheel brings
 $(READY_RECIPES): setup.cfg constraints-recipes.txt
 	$(PYTHON) -m venv $(VENV)-recipes
 	$(VENV)-recipes/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-recipes.txt \
-		-e '.[test-core]' trl sentence-transformers lightning
+		-e '.[test-core]' trl sentence-transformers lightning setuptools wheel
+	DS_BUILD_OPS=0 $(VENV)-recipes/bin/python -m pip install --disable-pip-version-check --quiet \
+		-c constraints-recipes.txt --no-build-isolation deepspeed
 	touch $@
 
 soak: $(READY) ## trainings of 3,000 steps: memory, objects, hooks, modes and step times from first to last
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --override-ini addopts= -q -s tests/slow
 
-test-recipes: $(READY_RECIPES) ## trainers of TRL and sentence-transformers, loops of Accelerate and Lightning
+test-recipes: $(READY_RECIPES) ## trainers of TRL and sentence-transformers, Accelerate, Lightning, DeepSpeed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-recipes/bin/python -m pytest -q tests/recipes
 
 lint: $(READY) ## ruff: rules and format

@@ -27,6 +27,7 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 """`(model, batch) -> scalar`, the loss that would be minimized without a comparison."""
 
 _KEPT_ACTIVATIONS = 400
+_LINEAR = (torch.nn.functional.linear, torch.addmm)  # the latter is GPT-2's
 
 
 class Forwards:
@@ -88,7 +89,8 @@ class Forwards:
             # torch 2.6 gives a weight that autocast cast without a graph to the next forward, which needs one.
             torch.clear_autocast_cache()
         check_scalar(loss)
-        return Forward(loss, reductions, [one for one in outputs if one.requires_grad], activations.kept)
+        outputs = [one for one in outputs if one.requires_grad]
+        return Forward(loss, reductions, outputs, activations.kept, activations.positions)
 
 
 @contextmanager
@@ -101,7 +103,10 @@ def eager_where_compiled(is_compiled: bool, checking: bool) -> Iterator[None]:
 @contextmanager
 def outputs_noted(model: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
     """The tensors that the model returns in the body, in every call of it."""
-    handle = model.register_forward_hook(lambda module, args, output: outputs.extend(output_tensors(output)))
+    handle = model.register_forward_hook(
+        lambda module, args, output: outputs.extend(output_tensors(output)),
+        prepend=True,  # before the hook with which DeepSpeed makes other tensors of them
+    )
     try:
         yield
     finally:
@@ -136,14 +141,17 @@ def check_scalar(loss: Any) -> None:
 
 
 class _Activations:
-    """The latest tensors with a graph and more than one dimension."""
+    """The latest tensors with a graph and more than one dimension, and how many positions a linear layer sees."""
 
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
+        self.positions = 0
 
     def keep(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.ndim > 1 and result.requires_grad:
             self.kept.append(result)
             del self.kept[:-_KEPT_ACTIVATIONS]
+            if func in _LINEAR:
+                self.positions = max(self.positions, result.numel() // max(1, result.shape[-1]))
         return result

@@ -23,7 +23,7 @@ def launched(folder, stage):
     on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, script.__file__, str(folder), str(stage)],
-        env={**os.environ, **on_cpu, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, **on_cpu, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=300,
