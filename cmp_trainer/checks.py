@@ -25,17 +25,18 @@ from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.compiled import backends
 from cmp_trainer.execution.forwards import Forwards, own_containers, versions
 from cmp_trainer.execution.intercept import Intercept
-from cmp_trainer.execution.one_forward import inner_model, is_data_parallel
+from cmp_trainer.execution.one_forward import inner_model, is_data_parallel, modules_of
 from cmp_trainer.execution.processes import num_processes
 from cmp_trainer.execution.random_state import RandomState
 from cmp_trainer.execution.shared import CannotShare, Lower, lower_parts
 from cmp_trainer.execution.stacked import CannotStack
-from cmp_trainer.execution.stacking import Stacking, prefer_stacked
+from cmp_trainer.execution.stacking import Stacking
 from cmp_trainer.losses.shares import CannotCompare, Plan, Replan, Shares, read_shares
 
 logger = logging.getLogger(__name__)
 
 _REACHABLE_ATTENTION = (None, "eager", "sdpa")
+_SMALL_BUFFER = 2**16  # elements, up to which copying a buffer takes less time than calling for it
 
 
 def raise_together(problems: Sequence[str | None]) -> None:
@@ -111,6 +112,16 @@ def _low_memory_backwards(trainer: Any) -> str | None:
         )
 
 
+def _evaluation_of_shards(trainer: Any) -> str | None:
+    """Stage 3 makes other tensors of what a model returns, so that nothing leads from its loss to the examples."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None) if trainer.is_deepspeed_enabled else None
+    if plugin is not None and plugin.hf_ds_config.is_zero3() and getattr(trainer.args, "cmp_eval_ablations", False):
+        return (
+            "--cmp_eval_ablations cannot read the losses of the examples under stage 3 of DeepSpeed. Leave it out, or "
+            "use stage 2; training is compared under both."
+        )
+
+
 def _parallelism(trainer: Any) -> str | None:
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
@@ -151,6 +162,7 @@ TRAINER_CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _compiler_that_replays_calls,
     _compiled_checkpointing,
     _low_memory_backwards,
+    _evaluation_of_shards,
     _parallelism,
     _attention_of_trainer,
     _dropout_switched_off,
@@ -307,7 +319,7 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
 
 
 def _recomputed_reentrantly(step: Any, loss: Tensor) -> str | None:
-    """Reentrant layers run one backward per forward of a variant, and DistributedDataParallel allows one per step."""
+    """Reentrant layers run one backward per forward of a variant, where these wrappers allow one per step."""
     if step.low_memory or not is_data_parallel(step.model):
         return None
     nodes, seen = [loss.grad_fn], set()
@@ -317,9 +329,9 @@ def _recomputed_reentrantly(step: Any, loss: Tensor) -> str | None:
             continue
         if node.name() == "CheckpointFunctionBackward":
             return (
-                "reentrant gradient checkpointing allows one forward per step under DistributedDataParallel, and a "
-                "comparison has several. Pass --gradient_checkpointing_kwargs '{\"use_reentrant\": false}', or "
-                "--cmp_low_memory."
+                "reentrant gradient checkpointing allows one forward per step under DistributedDataParallel and "
+                "DeepSpeed, and a comparison has several. Pass --gradient_checkpointing_kwargs "
+                "'{\"use_reentrant\": false}', or, without DeepSpeed, --cmp_low_memory."
             )
         seen.add(node)
         nodes += [parent for parent, _ in node.next_functions]
@@ -559,7 +571,7 @@ def _stacking(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> St
     """
     full = batches[step.variants[0].levels]
     stackable = getattr(forwards.loss_fn, "stackable", False)
-    if step.low_memory or not prefer_stacked(full, step.forward) or (step.forward == "auto" and not stackable):
+    if step.low_memory or not step.prefers_stacked(full) or (step.forward == "auto" and not stackable):
         return None
     try:
         if not stackable:
@@ -724,29 +736,74 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 def train_mode_except_batch_norm(model: nn.Module) -> Iterator[None]:
     """Train mode for the modules of an eval model, so that they drop; batch norm stays in eval mode. Restored at the
     end, with the buffers that other modules change in train mode (spectral norm)."""
-    modules = [module for module in model.modules() if not module.training]
+    modules = [module for module in modules_of(model) if not module.training]
     modules = [module for module in modules if not isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for module in modules:
-        module.training = True
+    _set_training(modules, True)
     try:
         with unchanged_buffers(model):
             yield
     finally:
-        for module in modules:
-            module.training = False
+        _set_training(modules, False)
+
+
+def _set_training(modules: Sequence[nn.Module], training: bool) -> None:
+    """Their own mode. What nn.Module adds to setting an attribute takes ten times as long and is for tensors."""
+    for module in modules:
+        plain = type(module).__setattr__ is nn.Module.__setattr__
+        (object.__setattr__ if plain else setattr)(module, "training", training)
 
 
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers, such as the running means of batch norm, are after the body what they were before, unless they grew."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """Buffers, such as the running means of batch norm, are after the body what they were before, unless they grew.
+
+    Small ones of a device and a dtype are copied and compared as one, since an accelerator is waited for at each
+    comparison. Only their values say whether they changed: the versions of tensors do not count what batch norm
+    writes, nor what is written into `.data`.
+    """
+    groups: dict[Any, list[tuple[nn.Module, str, Tensor]]] = {}
+    for module in modules_of(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                joins = type(buffer) is Tensor and not buffer.is_sparse and buffer.numel() <= _SMALL_BUFFER
+                key = (buffer.device, buffer.dtype) if joins else (module, name)
+                groups.setdefault(key, []).append((module, name, buffer))
+    before = [_Buffers(group) for group in groups.values()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before and buffer.shape == before[name].shape and not torch.equal(buffer, before[name]):
-                    buffer.copy_(before[name])
+            for one in before:
+                one.restore()
+
+
+class _Buffers:
+    """The values that some buffers have now: one of any kind, or several of a device and a dtype."""
+
+    def __init__(self, buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
+        self.places = [(module, name, buffer.shape) for module, name, buffer in buffers]
+        with torch.no_grad():
+            self.values = _joined([buffer for _, _, buffer in buffers]) if len(buffers) > 1 else buffers[0][2].clone()
+
+    def restore(self) -> None:
+        """Write them back to the buffers that changed and did not grow."""
+        now: list[Any] = [getattr(module, name, None) for module, name, _ in self.places]
+        shapes = [shape for _, _, shape in self.places]
+        fits = [isinstance(one, Tensor) and one.shape == shape for one, shape in zip(now, shapes, strict=True)]
+        if len(now) == 1:
+            if fits[0] and not torch.equal(now[0], self.values):
+                now[0].copy_(self.values)
+        elif any(fits) and not (all(fits) and torch.equal(_joined(now), self.values)):
+            pieces = self.values.split([shape.numel() for shape in shapes])
+            pairs = [(one, piece.view_as(one)) for one, piece, fit in zip(now, pieces, fits, strict=True) if fit]
+            differ = torch.stack([(one != before).any() for one, before in pairs]).tolist()
+            for (one, before), differs in zip(pairs, differ, strict=True):
+                if differs:
+                    one.copy_(before)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _settings(model: nn.Module) -> Mapping[str, Any]:

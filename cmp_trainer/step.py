@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cmp_trainer import checks
 from cmp_trainer.ablations.crop import CmpCrop, removed_tokens
@@ -28,11 +27,11 @@ from cmp_trainer.execution.compiled import is_compiled
 from cmp_trainer.execution.forwards import Forwards, LossFunction, own_containers, versions
 from cmp_trainer.execution.layers import find_stack
 from cmp_trainer.execution.low_memory import loss_in_backward
-from cmp_trainer.execution.one_forward import devices_of, in_one_forward, inner_model
+from cmp_trainer.execution.one_forward import devices_of, in_one_forward, inner_model, is_wrapper
 from cmp_trainer.execution.processes import agreed_batch, num_processes
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state, rng_restart
 from cmp_trainer.execution.shared import Boundary, Lower, lower_parts
-from cmp_trainer.execution.stacking import Stacking, prefer_stacked
+from cmp_trainer.execution.stacking import Stacking, numbers, prefer_stacked
 from cmp_trainer.losses.comparative import ComparativeLoss, Objective, minimized
 from cmp_trainer.losses.layouts import entries, is_label
 from cmp_trainer.losses.planning import make_plan
@@ -140,6 +139,7 @@ class ComparativeStep:
         self._stacking: Stacking | None = None
         self._boundary: Boundary | None = None
         self._shares_lower = False
+        self._positions_each = 1.0
         self._checked = self._copies = self._is_compiled = False
         self._batches_seen = self._next_replan = 0
         self._deviation: Tensor | None = None
@@ -214,6 +214,10 @@ class ComparativeStep:
         self._find_boundary(batch, loss_fn)
         return Ablated(self.kinds, levels, start, boundary=self._boundary)
 
+    def prefers_stacked(self, batch: Any) -> bool:
+        """Whether this batch is stacked, given that it can be."""
+        return prefer_stacked(batch, self.forward, self._positions_each)
+
     def check_again(self) -> None:
         """Check the next batch like the first one, after a change to something that the checks depend on."""
         self._checked, self._stacking, self._boundary, self._plans = False, None, None, {}
@@ -253,7 +257,7 @@ class ComparativeStep:
         if not torch.is_grad_enabled():
             raise ValueError("a comparative step needs gradients; step.losses(batch) measures without them.")
         wants_outputs = getattr(forwards.loss_fn, "return_outputs", False)
-        if self._stacking is not None and not wants_outputs and prefer_stacked(full, self.forward):
+        if self._stacking is not None and not wants_outputs and self.prefers_stacked(full):
             stacked = self._stacking.run(forwards, batches, self.variants)
             if stacked is not None:
                 return self._minimized(stacked)
@@ -310,8 +314,10 @@ class ComparativeStep:
             scalar = (shares.values * factors[..., index]).sum()
             return scalar + shares.rest if index == 0 else scalar
 
-        terms = [lambda: (kept.values * factors[..., -1]).sum()]
-        terms += [partial(term, index, forwards.model) for index in range(len(others), 0, -1)]
+        # Where processes share their weights, all have to do equally many forwards.
+        counts = factors.flatten(0, -2).ne(0).any(0).tolist() if num_processes() == 1 else [True] * len(self.variants)
+        terms = [lambda: (kept.values * factors[..., -1]).sum()] if counts[-1] else []
+        terms += [partial(term, index, forwards.model) for index in range(len(others), 0, -1) if counts[index]]
         terms.append(lambda: in_one_forward(wrapped, partial(term, 0), self._parts))
         return loss_in_backward(value.detach() + first.rest.detach(), terms, devices, lower)
 
@@ -362,6 +368,7 @@ class ComparativeStep:
         if plan is None:
             return forward, None
         self._plans[True] = plan
+        self._positions_each = forward.positions / max(1, numbers(batch)) or 1.0
         if forwards.is_compiled:
             checks.check_loss_is_visible(lambda: read_shares(forwards.run(batch, levels), plan, batch))
         return forward, read_shares(forward, plan, batch)
@@ -510,7 +517,7 @@ class ComparativeStep:
 def bare_model(model: nn.Module) -> nn.Module:
     """The user's model inside of what training wraps around it."""
     model = getattr(model, "_orig_mod", model)
-    model = getattr(model.module, "_orig_mod", model.module) if isinstance(model, DistributedDataParallel) else model
+    model = getattr(model.module, "_orig_mod", model.module) if is_wrapper(model) else model  # pyright: ignore
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 

@@ -7,7 +7,9 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from cmp_trainer import CmpDrop, ComparativeStep, RegularizedLoss, plan
+from cmp_trainer.execution.stacking import numbers, prefer_stacked
 from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
+from tests.tiny_models import AVAILABLE
 
 FULL_ONLY = RegularizedLoss(primary="full", weight=0.0)
 
@@ -49,7 +51,7 @@ def test_a_model_that_scales_its_input_in_place_gets_copies(low_memory):
 
 def test_a_model_that_begins_to_write_into_its_inputs_later_is_rejected():
     model = Small().train()
-    step = ComparativeStep(model, plan(2))
+    step = ComparativeStep(model, plan(2), forward="sequential")
     step(vectors())
     model.prepare = lambda inputs: inputs.div_(9)
     with pytest.raises(ValueError, match="writes into the tensors of its batch"):
@@ -199,10 +201,23 @@ def test_crops_that_remove_nothing_in_a_whole_training_end_in_an_error(tmp_path)
 
 
 def test_an_image_batch_is_not_taken_for_a_few_tokens():
-    from cmp_trainer.execution.stacking import prefer_stacked
 
     assert not prefer_stacked({"pixel_values": torch.zeros(64, 3, 224, 224)}, "auto")
     assert prefer_stacked({"input_ids": torch.zeros(4, 64, dtype=torch.long)}, "auto")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "positions"),
+    [("bert", 8), ("gpt2", 8), ("vit", 5), ("vivit", 5), ("wav2vec2", 12), ("whisper", 16)],
+)
+def test_what_auto_goes_by_are_the_positions_that_the_layers_see(model_type, positions):
+    """Tokens, patches and the class token, frames of a sound or of a spectrogram's encoder."""
+
+    tiny = AVAILABLE[model_type]
+    batch = tiny.batch()
+    step = ComparativeStep(tiny.build().train(), plan(1))
+    step(batch)
+    assert round(step._positions_each * numbers(batch)) == 2 * positions
 
 
 def test_compared_batches_are_not_shared_with_other_steps():

@@ -52,12 +52,14 @@ def test_loss_gradients_and_logs_are_those_of_the_plain_step(objective, accumula
     assert log == pytest.approx(plain_log)
 
 
-def test_every_variant_is_run_once_with_a_graph(tmp_path):
-    """Whatever its weight: under FSDP a forward exchanges weights, and what one process left out, others wait for."""
+@pytest.mark.parametrize(("processes", "runs"), [(1, 2), (2, 4)])
+def test_variants_without_weight_are_not_run_again(processes, runs, tmp_path, monkeypatch):
+    """In several processes they are: under FSDP a forward exchanges weights, and others would wait for it."""
+    monkeypatch.setattr("cmp_trainer.step.num_processes", lambda: processes)
     _, _, rows, _ = step(
         tmp_path, cmp_low_memory=True, cmp_objective="regularized", cmp_primary="full", cmp_weight=0.0
     )
-    assert rows == [8] * 4
+    assert rows == [8] * runs
 
 
 def with_batch_norm(model):

@@ -252,7 +252,7 @@ def test_auto_stacks_small_batches_on_the_cpu_only():
     small, large = torch.ones(4, 64, dtype=torch.long), torch.ones(32, 128, dtype=torch.long)
     assert prefer_stacked({"input_ids": small}, "auto")
     assert not prefer_stacked({"input_ids": large}, "auto")
-    assert not prefer_stacked({"input_ids": small.to("meta")}, "auto")
+    assert not prefer_stacked({"input_ids": small.to("meta")}, "auto")  # not measured there
     assert prefer_stacked({"input_ids": large}, "stacked")
     assert not prefer_stacked({"input_ids": small}, "sequential")
 

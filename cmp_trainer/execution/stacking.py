@@ -24,22 +24,32 @@ from cmp_trainer.execution.stacked import CannotStack, NotedSites, StackedDrop, 
 from cmp_trainer.losses.layouts import Layout, entries, num_rows
 from cmp_trainer.losses.reductions import Place
 from cmp_trainer.losses.shares import Plan, Replan, Shares, read_shares
-from cmp_trainer.losses.sign_test import deviation, has_rest, tolerance
+from cmp_trainer.losses.sign_test import deviation, rest_beyond_rounding, tolerance
 
 logger = logging.getLogger(__name__)
 
-STACKING_PAYS_UP_TO = 1024
-"""Tokens (or numbers of an input that is not tokens) up to which one stacked forward is faster on a CPU; measured, see
-docs/performance.md."""
+STACKING_PAYS_UP_TO = {"cpu": 1024, "cuda": 4096}
+"""Positions (of tokens, patches or frames) in a batch up to which one stacked forward was measured to be faster, see
+docs/performance.md; elsewhere it was not measured."""
 
 
-def prefer_stacked(batch: Any, choice: str) -> bool:
-    """Whether a batch is stacked, given that it can be: `auto` stacks small batches on the CPU."""
+def prefer_stacked(batch: Any, choice: str, positions_each: float = 1.0) -> bool:
+    """Whether a batch is stacked, given that it can be: `auto` stacks small batches, in one process.
+
+    Args:
+        positions_each: how many positions the layers see for each of `numbers(batch)`.
+    """
+    devices = {value.device.type for _, value in entries(batch) if isinstance(value, Tensor) and value.ndim > 1}
+    most = min((STACKING_PAYS_UP_TO.get(device, 0) for device in devices), default=STACKING_PAYS_UP_TO["cpu"])
+    small = numbers(batch) * positions_each <= most
+    return choice == "stacked" or (choice == "auto" and small and num_processes() == 1)
+
+
+def numbers(batch: Any) -> int:
+    """The size of the largest input of a batch: its tokens, or the numbers of an input that is not tokens."""
     tensors = [value for _, value in entries(batch) if isinstance(value, Tensor) and value.ndim > 1]
     sizes = [tensor.numel() if tensor.is_floating_point() else tensor.shape[:2].numel() for tensor in tensors]
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    small = on_cpu and max(sizes, default=0) <= STACKING_PAYS_UP_TO
-    return choice == "stacked" or (choice == "auto" and small and num_processes() == 1)
+    return max(sizes, default=0)
 
 
 class Stacking:
@@ -92,10 +102,12 @@ class Stacking:
                 found = read_shares(forward, self.plan, stacked, self.factors if len(group) > 1 else None)
             except (Replan, KeyError, CannotShare):
                 return None
-            off = deviation(found, forward, self.plan)
-            if off is not None and off > tolerance(forward):
+            rest, off = rest_beyond_rounding(found, forward), deviation(found, forward, self.plan)
+            off = torch.zeros_like(rest) if off is None else off.to(rest) / tolerance(forward)
+            rest, off = torch.stack([rest, off]).tolist()  # the one time that a stacked step waits for its device
+            if off > 1:
                 return None
-            if has_rest(found, forward):
+            if rest > 1:
                 self.has_rest = True
                 logger.warning(
                     "the loss now has a part that belongs to no example. From here on the variants run one after the "

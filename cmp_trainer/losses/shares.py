@@ -37,12 +37,14 @@ class Replan(Exception):
 
 
 class Forward(NamedTuple):
-    """One run of the loss: the scalar, its reductions, and the tensors by row that it passed through."""
+    """One run of the loss: the scalar, its reductions, the tensors by row that it passed through, and the number of
+    positions (tokens, patches, frames) that its largest linear layer saw."""
 
     loss: Tensor
     reductions: Reductions
     outputs: list[Tensor]
     activations: list[Tensor]
+    positions: int = 0
 
 
 class Shares(NamedTuple):

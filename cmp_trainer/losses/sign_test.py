@@ -45,10 +45,16 @@ def tolerance(forward: Forward) -> float:
 
 
 def has_rest(shares: Shares, forward: Forward) -> bool:
-    """Whether part of the loss belongs to no example, beyond what rounding leaves of the loss minus its shares."""
+    """Whether part of the loss belongs to no example."""
+    return bool(rest_beyond_rounding(shares, forward) > 1)
+
+
+def rest_beyond_rounding(shares: Shares, forward: Forward) -> Tensor:
+    """The part of the loss that belongs to no example, as a multiple of what rounding leaves of the loss minus its
+    shares; a scalar on the device."""
     rounding = ROUNDING if tolerance(forward) == TOLERANCE else TOLERANCE_HALF
     size = torch.maximum(forward.loss.detach().abs(), shares.values.detach().abs().sum())
-    return bool(shares.rest.detach().abs() > rounding * size.clamp(min=1e-12))
+    return shares.rest.detach().abs() / (rounding * size.clamp(min=1e-12))
 
 
 def sign_errors(values: Tensor, anchors: Sequence[Tensor]) -> list[Tensor | None]:
