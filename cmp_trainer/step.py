@@ -23,6 +23,7 @@ from cmp_trainer.ablations.crop import CmpCrop, removed_tokens
 from cmp_trainer.ablations.plan import Variant, variants_of
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.boundary import Boundary, CannotShare
 from cmp_trainer.execution.compiled import is_compiled
 from cmp_trainer.execution.forwards import Forwards, LossFunction, own_containers, versions
 from cmp_trainer.execution.layers import find_stack
@@ -30,7 +31,7 @@ from cmp_trainer.execution.low_memory import loss_in_backward
 from cmp_trainer.execution.one_forward import devices_of, in_one_forward, inner_model, is_wrapper
 from cmp_trainer.execution.processes import agreed_batch, num_processes
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state, rng_restart
-from cmp_trainer.execution.shared import Boundary, Lower, lower_parts
+from cmp_trainer.execution.shared import Lower, lower_parts
 from cmp_trainer.execution.stacking import Stacking, numbers, prefer_stacked
 from cmp_trainer.losses.comparative import ComparativeLoss, Objective, minimized
 from cmp_trainer.losses.layouts import entries, is_label
@@ -245,7 +246,13 @@ class ComparativeStep:
                 self._check_first(forwards, batches)
             if hasattr(loss_fn, "begin"):
                 loss_fn.begin()  # what was run so far were checks
-            end = self._run(forwards, batches, devices)
+            try:
+                end = self._run(forwards, batches, devices)
+            except CannotShare as error:
+                raise CannotShare(
+                    f"{error} So the lower layers cannot run once for all variants, which they could on the first "
+                    "batch. Leave out --cmp_ablated_layers."
+                ) from error
         self._batches_seen += 1
         self._note_removed(batches)
         return end
@@ -506,6 +513,11 @@ class ComparativeStep:
         places = sorted(f"{function} at {'/'.join(Path(line).parts[-2:])}" for function, line in calls)
         how = "in one stacked forward" if self._stacking is not None else "in one forward per variant"
         how += ", without a graph first and then with one (low memory)" if self.low_memory else ""
+        if self._boundary is not None:
+            stack = self._boundary.stack
+            once = "once" if self._shares_lower else "for each variant"
+            how += f"; the top {self.ablated_layers} of {len(stack.layers)} layers ({stack.name}) are ablated, those "
+            how += f"below run {once}"
         rest = " The part of it that belongs to no example is added once, from the full model."
         return (
             f"comparing {', '.join(variant.name for variant in self.variants)} {how}. The loss comes from "

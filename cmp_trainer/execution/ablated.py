@@ -14,10 +14,10 @@ import torch
 
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.protocol import Ablation, Handler
+from cmp_trainer.execution.boundary import Below, Boundary, Place, Walk, check_crossed
 from cmp_trainer.execution.intercept import Intercept
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.recompute import recompute_inside
-from cmp_trainer.execution.shared import Boundary, Lower, Place, Walk, check_crossed
 
 _WITHOUT_DROPOUT = CmpDrop().calls(0)
 
@@ -32,7 +32,7 @@ class Ablated:
         calls: further torch functions to intercept (the reductions of a loss).
         others: a handler of all other torch functions.
         boundary: where the ablated layers begin; None where the whole model is ablated.
-        lower: what is shared with other forwards below the boundary.
+        lower: what is done below the boundary, where that is shared with other forwards.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Ablated:
         calls: Mapping[Callable, Handler] | None = None,
         others: Handler | None = None,
         boundary: Boundary | None = None,
-        lower: Lower | None = None,
+        lower: Below | None = None,
     ) -> None:
         self.kinds, self.levels, self.start = list(kinds), list(levels), start
         # Dropout belongs to CmpDrop: without it, or at level 0, every variant runs without dropout.

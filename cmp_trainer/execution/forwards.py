@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.boundary import Below, Boundary
 from cmp_trainer.execution.random_state import RandomState
-from cmp_trainer.execution.shared import Boundary, Lower
 from cmp_trainer.losses.layouts import entries
 from cmp_trainer.losses.reductions import Reductions
 from cmp_trainer.losses.shares import Forward, output_tensors
@@ -65,7 +65,7 @@ class Forwards:
         only: set[tuple[str, str]] | None = None,
         watch: bool = False,
         kinds: Sequence[Ablation] | None = None,
-        lower: Lower | None = None,
+        lower: Below | None = None,
     ) -> Forward:
         """The loss of a batch at a level of every kind.
 
@@ -73,7 +73,7 @@ class Forwards:
             only: places of the reductions to note; without a graph they have to be given.
             watch: also keep the latest activations by row, for planning.
             kinds: in place of those of this object.
-            lower: what is shared with other forwards below the boundary.
+            lower: what is done below the boundary, where that is shared with other forwards.
         """
         reductions, activations = Reductions(only), _Activations()
         with_graph = torch.is_grad_enabled()

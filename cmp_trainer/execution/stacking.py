@@ -17,9 +17,10 @@ from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.plan import Variant
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.execution.boundary import CannotShare
 from cmp_trainer.execution.forwards import Forwards
 from cmp_trainer.execution.processes import num_processes
-from cmp_trainer.execution.shared import CannotShare, FirstGroup, NotedShapes
+from cmp_trainer.execution.shared import FirstGroup, NotedShapes
 from cmp_trainer.execution.stacked import CannotStack, NotedSites, StackedDrop, check_no_batch_norm, row_names, stack
 from cmp_trainer.losses.layouts import Layout, entries, num_rows
 from cmp_trainer.losses.reductions import Place
