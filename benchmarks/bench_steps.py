@@ -1,6 +1,6 @@
 """Step times and memory of comparative loss against what one would run instead; writes docs/performance.csv and .png.
 
-    make bench                                               # everything: about 40 minutes on two idle cores
+    make bench                                               # everything: about 25 minutes on two idle cores
     python benchmarks/bench_steps.py --sizes 4x64            # some of it
 
 A round runs a step (forward and backward) of each contender in random order, so that a noisy machine slows all of
@@ -34,38 +34,44 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
-BERTS = {"BERT 4 x 256": (4, 256), "BERT 6 x 384": (6, 384)}
+BERTS = {"BERT 6 x 384": (6, 384), "BERT 12 x 256": (12, 256)}
 LONGFORMER = "Longformer 4 x 256"
-SIZES = dict.fromkeys(BERTS, ("4x64", "16x128", "32x128")) | {LONGFORMER: ("2x2048",)}
+SIZES = {"BERT 6 x 384": ("16x64", "4x64", "16x128"), "BERT 12 x 256": ("16x64",), LONGFORMER: ("2x2048",)}
+ABLATIONS, LAYERS = (1, 2, 4), (1, 2, 3)
+
+
+def variants(num_ablations: int, layers: int | None = None, **changes: Any) -> Callable[[Any], Step]:
+    """A step with so many ablations of the top layers, or of all."""
+    settings: dict[str, Any] = {"cmp_forward": "sequential", **changes}
+    return lambda model: comparative(model, cmp_num_ablations=num_ablations, cmp_ablated_layers=layers, **settings)
+
+
 # contender -> how its step is made, and whom it is measured against
 DROPS: dict[str, tuple[Callable[[Any], Step], str]] = {
     "plain": (plain, "plain"),
     "c = 0": (lambda model: comparative(model), "plain"),
     "R-Drop": (r_drop, "plain"),
-    "c = 1, auto": (lambda model: comparative(model, cmp_num_ablations=1), "R-Drop"),
     "published scheme, c = 2": (lambda model: published_scheme(model, 2), "plain"),
-    "c = 2, sequential": (lambda model: comparative(model, cmp_num_ablations=2, cmp_forward="sequential"), "plain"),
-    "c = 2, stacked": (
-        lambda model: comparative(model, cmp_num_ablations=2, cmp_forward="stacked"),
-        "c = 2, sequential",
-    ),
-    "c = 2, auto": (lambda model: comparative(model, cmp_num_ablations=2), "published scheme, c = 2"),
-    "c = 4, sequential": (lambda model: comparative(model, cmp_num_ablations=4, cmp_forward="sequential"), "plain"),
-    "c = 4, low memory": (
-        lambda model: comparative(model, cmp_num_ablations=4, cmp_low_memory=True),
-        "c = 4, sequential",
-    ),
+    "c = 2": (variants(2), "plain"),
+    **{f"c = 2, top {layers}": (variants(2, layers), "plain") for layers in LAYERS},
+    "c = 2, stacked": (variants(2, cmp_forward="stacked"), "c = 2"),
+    "c = 2, top 2, stacked": (variants(2, 2, cmp_forward="stacked"), "c = 2, top 2"),
+    "c = 4, top 2": (variants(4, 2), "plain"),
+    "c = 4, top 2, low memory": (variants(4, 2, cmp_forward="auto", cmp_low_memory=True), "c = 4, top 2"),
+    "c = 2, low memory": (variants(2, cmp_forward="auto", cmp_low_memory=True), "c = 2"),
 }
+# At the size of the figure, every number of ablations with every number of layers.
+CURVES = {
+    f"c = {ablations}" + (f", top {layers}" if layers else ""): (variants(ablations, layers), "plain")
+    for ablations in ABLATIONS
+    for layers in (None, *LAYERS)
+}
+FIGURE = ("BERT 6 x 384", "16x64")
 CROPS: dict[str, tuple[Callable[[Any], Step], str]] = {
     "plain": (plain, "plain"),
-    "1 crop": (lambda model: comparative(model, cmp_num_ablations=1, cmp_num_crops=1), "plain"),
-    "1 crop + 1 drop": (lambda model: comparative(model, cmp_num_ablations=2, cmp_num_crops=1), "plain"),
-}
-DRAWN = {  # contender: colour, readable in grey
-    "R-Drop": "#bdbdbd",
-    "c = 1, auto": "#2171b5",
-    "published scheme, c = 2": "#737373",
-    "c = 2, auto": "#08306b",
+    "1 crop": (variants(1, cmp_num_crops=1, cmp_forward="auto"), "plain"),
+    "1 crop + 1 drop": (variants(2, cmp_num_crops=1, cmp_forward="auto"), "plain"),
+    "1 crop + 1 drop, top 2": (variants(2, 2, cmp_num_crops=1, cmp_forward="auto"), "plain"),
 }
 
 
@@ -114,7 +120,7 @@ def make_model(name: str) -> Any:
 def make_batch(name: str, rows: int, length: int) -> dict[str, torch.Tensor]:
     """Random tokens; for the Longformer in 15 removable segments after a sixteenth that stays."""
     ids = torch.randint(1000, 30000, (rows, length))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 2, (rows,))}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 2}
     if name == LONGFORMER:
         segments = torch.arange(length).div(length // 16, rounding_mode="floor")
         batch["crop_segments"] = segments.expand(rows, length).contiguous()
@@ -124,8 +130,8 @@ def make_batch(name: str, rows: int, length: int) -> dict[str, torch.Tensor]:
 def measure(name: str, batch: dict[str, torch.Tensor], rounds: int, title: str) -> pd.DataFrame:
     """Interleaved step times of the contenders: ratios within a round, their quartiles, and memory."""
     model, contenders = make_model(name), CROPS if name == LONGFORMER else DROPS
-    if batch["input_ids"].numel() > 2048 and name in BERTS:  # five and more steps each, of several seconds
-        contenders = {contender: made for contender, made in contenders.items() if not contender.startswith("c = 4")}
+    if title == ", ".join(FIGURE):
+        contenders = contenders | CURVES
     steps = {contender: make_step(model) for contender, (make_step, _) in contenders.items()}
     memory = {contender: memory_megabytes(step, model, batch) for contender, step in steps.items()}  # warms up, too
     seconds: dict[str, list[float]] = {contender: [] for contender in steps}
@@ -141,6 +147,8 @@ def measure(name: str, batch: dict[str, torch.Tensor], rounds: int, title: str) 
     for contender, (_, against) in contenders.items():
         ratios = [one / other for one, other in zip(seconds[contender], seconds[against], strict=True)]
         low, median, high = statistics.quantiles(ratios)
+        of_r_drop = zip(seconds[contender], seconds["R-Drop"], strict=True) if "R-Drop" in seconds else ()
+        r_drop_ratios = [one / other for one, other in of_r_drop]
         step_time = statistics.median(seconds[contender])
         measured.append(
             {
@@ -148,10 +156,10 @@ def measure(name: str, batch: dict[str, torch.Tensor], rounds: int, title: str) 
                 "against": against,
                 "rounds": rounds,
                 "seconds": round(step_time, 4),
-                "tokens_per_second": round(batch["input_ids"].numel() / step_time),
                 "low": round(low, 3),
                 "median": round(median, 3),
                 "high": round(high, 3),
+                "of_r_drop": round(statistics.median(r_drop_ratios), 3) if r_drop_ratios else None,
                 **memory[contender],
             }
         )
@@ -208,7 +216,7 @@ def activation_megabytes(step: Step, model: Any, batch: dict[str, torch.Tensor])
 
 def as_markdown(results: pd.DataFrame) -> str:
     """A table for each model and size."""
-    head = "| contender | s / step | tokens / s | against | ratio, median (quartiles) | activations, MB | peak, MB |"
+    head = "| contender | s / step | against | ratio, median (quartiles) | of R-Drop | activations, MB | peak, MB |"
     lines = []
     for model, size in results[["model", "size"]].drop_duplicates().to_numpy():
         rows: Any = results[(results["model"] == model) & (results["size"] == size)]
@@ -218,8 +226,9 @@ def as_markdown(results: pd.DataFrame) -> str:
             compared = row["contender"] != row["against"]
             ratio = f"{row['median']:.3f} ({row['low']:.3f} – {row['high']:.3f})" if compared else ""
             against = row["against"] if compared else ""
+            of_r_drop = "" if pd.isna(row["of_r_drop"]) else f"{row['of_r_drop']:.3f}"
             lines.append(
-                f"| {row['contender']} | {row['seconds']:.3f} | {row['tokens_per_second']:,} | {against} | {ratio} | "
+                f"| {row['contender']} | {row['seconds']:.3f} | {against} | {ratio} | {of_r_drop} | "
                 f"{row['activations_mb']:.1f} | {row['peak_mb']:.0f} |"
             )
     return "\n".join(lines).strip()
@@ -233,22 +242,31 @@ def insert(table: str, page: Path) -> None:
 
 
 def plot(results: pd.DataFrame, path: Path) -> None:
-    """Step times as multiples of the plain Trainer's, for each model and size."""
-    berts = results[results["model"].isin(BERTS)]
-    if berts.empty:
+    """Step times as multiples of the plain Trainer's: a line for each number of ablations, over the ablated layers."""
+    model, size = FIGURE
+    rows = results[(results["model"] == model) & (results["size"] == size)].set_index("contender")
+    if rows.empty:
         return
-    seconds = berts.pivot_table(index=["model", "size"], columns="contender", values="seconds", sort=False)
-    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    width = 0.8 / len(DRAWN)
-    for number, (contender, colour) in enumerate(DRAWN.items()):
-        places = [place + number * width for place in range(len(seconds))]
-        axes.bar(places, seconds[contender] / seconds["plain"], width * 0.92, color=colour, label=contender)
-    for multiple in (1, 2, 3):
-        axes.axhline(multiple, color="black", linewidth=0.6, linestyle=":", zorder=0)
-    labels = [f"{model}\n{size.replace('x', ' x ')}" for model, size in seconds.index]
-    axes.set_xticks([place + 1.5 * width for place in range(len(seconds))], labels)
+    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    num_layers, _ = BERTS[model]
+    layers = [*LAYERS, num_layers]
+    for ablations, colour, marker in zip(ABLATIONS, ("#9ecae1", "#4292c6", "#08306b"), "osD", strict=True):
+        names = [f"c = {ablations}, top {number}" for number in LAYERS] + [f"c = {ablations}"]
+        found = rows.loc[names]
+        spread = [found["median"] - found["low"], found["high"] - found["median"]]
+        axes.errorbar(layers, found["median"], spread, color=colour, marker=marker, capsize=3, label=f"{names[-1]}")
+    r_drop = rows.loc["R-Drop"]
+    axes.axhspan(r_drop["low"], r_drop["high"], color="#bdbdbd", alpha=0.6, linewidth=0)
+    axes.axhline(r_drop["median"], color="#636363", linestyle="--", linewidth=1)
+    axes.text(num_layers + 0.1, r_drop["median"], "R-Drop", va="center", color="#636363")
+    axes.axhline(1, color="black", linestyle=":", linewidth=1)
+    axes.text(num_layers + 0.1, 1, "plain Trainer", va="center")
+    axes.set_xticks(layers, [f"top {number}" for number in LAYERS] + [f"all {num_layers}"])
+    axes.set_xlim(0.6, num_layers + 1.1)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("ablated layers")
     axes.set_ylabel("step time, multiples of the plain Trainer's")
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
+    axes.legend(frameon=False, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

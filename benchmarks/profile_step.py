@@ -36,7 +36,7 @@ from cmp_trainer.step import model_loss
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="BERT 4 x 256")
+    parser.add_argument("--model", default="BERT 6 x 384")
     parser.add_argument("--size", default="32x128", help="batch x length")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
