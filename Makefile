@@ -16,7 +16,7 @@ READY_OLDEST := $(VENV)-oldest/.ready
 READY_FLOOR := $(VENV)-floor/.ready
 READY_RECIPES := $(VENV)-recipes/.ready
 
-.PHONY: help env demo test test-oldest test-floor soak test-recipes lint format typecheck bench docs dist
+.PHONY: help env demo test test-oldest test-floor soak test-recipes test-cuda lint format typecheck bench docs dist
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -65,6 +65,9 @@ soak: $(READY) ## trainings of 3,000 steps: memory, objects, hooks, modes and st
 
 test-recipes: $(READY_RECIPES) ## trainers of TRL and sentence-transformers, Accelerate, Lightning, DeepSpeed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-recipes/bin/python -m pytest -q tests/recipes
+
+test-cuda: $(READY) ## what needs a GPU of NVIDIA; skipped where there is none
+	$(BIN)/python -m pytest -q tests/cuda
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

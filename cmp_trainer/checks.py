@@ -22,13 +22,14 @@ from torch.autograd.variable import Variable
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop, in_train_mode, intercepted_dropout
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.execution.boundary import CannotShare
 from cmp_trainer.execution.compiled import backends
 from cmp_trainer.execution.forwards import Forwards, own_containers, versions
 from cmp_trainer.execution.intercept import Intercept
 from cmp_trainer.execution.one_forward import inner_model, is_data_parallel, modules_of
 from cmp_trainer.execution.processes import num_processes
 from cmp_trainer.execution.random_state import RandomState
-from cmp_trainer.execution.shared import CannotShare, Lower, lower_parts
+from cmp_trainer.execution.shared import Lower, lower_parts
 from cmp_trainer.execution.stacked import CannotStack
 from cmp_trainer.execution.stacking import Stacking
 from cmp_trainer.losses.shares import CannotCompare, Plan, Replan, Shares, read_shares
@@ -765,7 +766,8 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     for module in modules_of(model):
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                joins = type(buffer) is Tensor and not buffer.is_sparse and buffer.numel() <= _SMALL_BUFFER
+                plain = type(buffer) is Tensor and buffer.layout is torch.strided and not buffer.is_quantized
+                joins = plain and buffer.numel() <= _SMALL_BUFFER
                 key = (buffer.device, buffer.dtype) if joins else (module, name)
                 groups.setdefault(key, []).append((module, name, buffer))
     before = [_Buffers(group) for group in groups.values()]
@@ -781,13 +783,14 @@ class _Buffers:
     """The values that some buffers have now: one of any kind, or several of a device and a dtype."""
 
     def __init__(self, buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
-        self.places = [(module, name, buffer.shape) for module, name, buffer in buffers]
+        self.places = [(module._buffers, name, buffer.shape) for module, name, buffer in buffers]
         with torch.no_grad():
             self.values = _joined([buffer for _, _, buffer in buffers]) if len(buffers) > 1 else buffers[0][2].clone()
 
     def restore(self) -> None:
         """Write them back to the buffers that changed and did not grow."""
-        now: list[Any] = [getattr(module, name, None) for module, name, _ in self.places]
+        # The buffers of TorchScript have no `get`.
+        now: list[Any] = [kept[name] if name in kept else None for kept, name, _ in self.places]  # noqa: SIM401
         shapes = [shape for _, _, shape in self.places]
         fits = [isinstance(one, Tensor) and one.shape == shape for one, shape in zip(now, shapes, strict=True)]
         if len(now) == 1:

@@ -1,11 +1,16 @@
 """Tiny models, data and trainers for tests, all made from configurations."""
 
 import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers.implementations import BertWordPieceTokenizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
@@ -104,3 +109,49 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     special: dict[str, Any] = dict(zip(names, words, strict=False))
     pieces = BertWordPieceTokenizer(vocab={word: index for index, word in enumerate(words)})
     return PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, model_max_length=32, **special)
+
+
+_READ_BY_OPERATIONS = (
+    *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "repeat_interleave", "bincount"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive"),
+)
+_READ_BY_METHODS = ("tolist", "numpy", "cpu")  # seen by no operation where the tensor is on the CPU
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.found["index by a mask" if masks else name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", None) in _READ_BY_METHODS:
+            self.found[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def operations_counted() -> Iterator[Counter[str]]:
+    """How often each operation of PyTorch is called in the body, and each method that reads a tensor's values."""
+    found: Counter[str] = Counter()
+    with _Operations(found), _Methods(found):
+        yield found
+
+
+def waits(found: Counter[str]) -> dict[str, int]:
+    """Those among the operations for which the host would wait for a GPU, as they read values of a tensor."""
+    reads = ("index by a mask", *_READ_BY_OPERATIONS, *_READ_BY_METHODS)
+    return {name: found[name] for name in reads if found[name]}

@@ -38,6 +38,7 @@ from cmp_trainer.ablations.crop_collator import CmpCropCollator
 from cmp_trainer.ablations.crop_columns import crop_batch
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.ablations.segments import crop_segments_from_sequence_ids, crop_segments_from_spans
+from tests.helpers import operations_counted, waits
 
 FIRST_ID = 100  # token t of an example has the id FIRST_ID + t, so a token can be told after it moved
 fast = settings(deadline=None, max_examples=60)
@@ -438,6 +439,34 @@ def test_removed_tokens_are_counted_without_waiting_for_the_device():
     """Tensors on the meta device have no values that could be read."""
     full, crop = ({"attention_mask": torch.ones(2, length, device="meta")} for length in (4, 3))
     assert removed_tokens(full, crop).is_meta
+
+
+def batch_with_columns_of_every_kind():
+    ids = torch.arange(40).view(2, 20)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "crop_segments": ids % 4}
+    batch |= {"position_ids": torch.arange(20).expand(2, 20), "features": torch.rand(2, 20, 3)}
+    batch |= {"labels": torch.full((2, 20), -100), "start_positions": torch.tensor([0, 4])}
+    return batch | {"end_positions": batch["start_positions"]}
+
+
+@pytest.mark.parametrize("num_crops", [1, 2, 3])
+@pytest.mark.parametrize("shifts_labels", [False, True])
+@pytest.mark.parametrize("order", ["random", "prefix"])
+def test_all_crops_of_a_batch_wait_for_the_device_once(num_crops, shifts_labels, order):
+    """Whether the batch can be cropped, and how long each crop is, are read together."""
+    with operations_counted() as found:
+        crops_of(batch_with_columns_of_every_kind(), num_crops, order, shifts_labels=shifts_labels)
+    assert found["cumsum"] and waits(found) == {"tolist": 1}
+
+
+def test_ways_of_reading_a_tensor_are_counted():
+    one, mask = torch.ones(3), torch.tensor([True, False, True])
+    ways = [lambda: int(one[0]), lambda: bool(mask[0]), lambda: one[mask], mask.nonzero, mask.unique, one.tolist]
+    ways += [lambda: torch.equal(one, one), lambda: one.repeat_interleave(mask.int()), one.numpy, one.cpu]
+    for way in ways:
+        with operations_counted() as found:
+            way()
+        assert waits(found)
 
 
 # --- on models ---

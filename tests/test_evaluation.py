@@ -6,8 +6,9 @@ from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback
 
 from cmp_trainer import CmpSeq2SeqTrainer, CmpSeq2SeqTrainingArguments, CmpTrainer
+from cmp_trainer.checks import train_mode_except_batch_norm, unchanged_buffers
 from cmp_trainer.reports.ablated_evaluation import without_variants
-from tests.helpers import cmp_trainer, tiny_bert, token_data, training_arguments
+from tests.helpers import cmp_trainer, operations_counted, tiny_bert, token_data, training_arguments, waits
 
 ABLATED = {"cmp_num_ablations": 2, "cmp_eval_ablations": True}
 VARIANTS = {"loss_full", "loss_ablated_1", "loss_ablated_2", "violation_rate"}
@@ -261,6 +262,63 @@ def test_ablations_in_evaluation_leave_randomness_buffers_and_modes_as_the_train
         assert not any(module.training for module in model.modules())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert torch.equal(*random_states)
+
+
+class OfManyBuffers(torch.nn.Module):
+    """Buffers of two dtypes, and in train mode writes to some of them in each way that there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm1d(8) for _ in range(100))
+        self.linear = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 8))
+        for name in ("added", "data", "replaced", "grown", "nan"):
+            self.register_buffer(name, torch.full((2,), float("nan") if name == "nan" else 1.0))
+        self.register_buffer("large", torch.zeros(400, 400))
+        self.register_buffer("none", None)
+
+    def forward(self, inputs):
+        for norm in self.norms:
+            inputs = norm(inputs)
+        if self.training:
+            self.added += 1
+            self.data.data.mul_(2)
+            self.replaced = self.replaced + 1
+            self.grown = torch.zeros(3)
+            self.nan.zero_()
+            self.large[1, 1] = 1
+        return self.linear(inputs)
+
+
+def test_buffers_are_what_they_were_whatever_wrote_to_them():
+    model = OfManyBuffers().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with unchanged_buffers(model):
+        model(torch.rand(4, 8))
+        changed = [name for name, one in model.named_buffers() if not torch.equal(one, before[name])]
+    assert len(changed) == 300 + 2 + 6
+    assert len(before.pop("grown")) == 2 and len(model.grown) == 3
+    for name, value in before.items():
+        torch.testing.assert_close(model.get_buffer(name), value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_many_buffers_are_kept_by_a_few_operations():
+    """Each batch of an evaluation under ablation keeps the buffers; a copy and a wait for each were too many."""
+    model = OfManyBuffers().eval()
+    model.nan.zero_()
+    with operations_counted() as found, train_mode_except_batch_norm(model):
+        assert len(list(model.buffers())) > 300
+    kinds = 3  # float32, int64, the large one
+    assert 0 < found["clone"] + found["cat"] <= 2 * kinds
+    assert sum(waits(found).values()) <= kinds
+
+
+def test_buffers_that_did_not_change_are_not_written():
+    model = OfManyBuffers().train()
+    with unchanged_buffers(model):
+        versions = {name: buffer._version for name, buffer in model.named_buffers()}
+        model.added += 1
+    wrote = [name for name, buffer in model.named_buffers() if buffer._version != versions[name]]
+    assert wrote == ["added", "nan"]  # a NaN is never equal
 
 
 def test_evaluating_ablations_changes_nothing_in_the_training_around_it(tmp_path):

@@ -102,6 +102,24 @@ def test_the_random_state_after_a_step_is_where_one_forward_leaves_it():
     assert torch.equal(after, torch.rand(1))
 
 
+def test_the_devices_of_a_step_are_those_of_its_parameters_now_and_of_its_batch(monkeypatch):
+    """A part of the model may be replaced between two steps; and each step asks, so it is not to take long."""
+    model, batch = tiny_bert().train(), batch_of(token_data())
+    model.again = model.classifier  # a module in two places
+    model.again.cycle = model
+    step, calls = ComparativeStep(model, plan(2)), []
+    for slow in ("named_parameters", "named_modules"):
+        monkeypatch.setattr(nn.Module, slow, lambda *args, slow=slow, **kwargs: calls.append(slow) or iter(()))
+    assert step.devices(batch) == {torch.device("cpu")}
+    both = {torch.device("cpu"), torch.device("meta")}
+    model.classifier.weight = nn.Parameter(torch.empty(3, 16, device="meta"))
+    assert step.devices(batch) == both
+    model.classifier = model.again = nn.Linear(16, 3)
+    assert step.devices(batch) == {torch.device("cpu")}
+    assert step.devices({"x": torch.ones(2, device="meta")}) == both
+    assert not calls
+
+
 def test_a_plain_loop_learns_and_logs_the_variants():
     model, batch = tiny_bert().train(), batch_of(token_data(), range(8))
     step = ComparativeStep(model, plan(2))

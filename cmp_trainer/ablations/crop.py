@@ -29,8 +29,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from cmp_trainer.ablations.crop_checks import check_croppable
-from cmp_trainer.ablations.crop_columns import SEGMENTS, PaddingSide, crop_batch
+from cmp_trainer.ablations.crop_checks import CropCheck
+from cmp_trainer.ablations.crop_columns import SEGMENTS, PaddingSide, crop_batches
 from cmp_trainer.ablations.protocol import Ablation
 
 CropOrder = Literal["random", "prefix"]
@@ -104,12 +104,12 @@ class CmpCrop(Ablation):
         if num_levels == 0:
             return [full]
         per_example, shifts = self.per_example or (), bool(self.shifts_labels)
-        check_croppable(batch, per_example, shifts)
+        check = CropCheck(batch, per_example, shifts)
+        keeps = nested_keeps(batch[SEGMENTS], num_levels, self.order)[1:]
         pad_values, multiple = self.pad_values or {}, self.pad_to_multiple_of or 1
-        crops = [
-            crop_batch(full, keep, pad_values, self.padding_side, multiple, per_example, shifts)
-            for keep in nested_keeps(batch[SEGMENTS], num_levels, self.order)[1:]
-        ]
+        crops = crop_batches(
+            full, keeps, pad_values, self.padding_side, multiple, per_example, shifts, read=check.read
+        )
         return [full, *crops]
 
 

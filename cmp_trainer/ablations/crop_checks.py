@@ -26,9 +26,45 @@ def check_croppable(inputs: Mapping[str, Any], per_example: Collection[str] = ()
         ValueError: if a column is missing or malformed, or if an example would lose something; the message names the
             first such example and the fix.
     """
-    segments, attended = _checked_columns(inputs)
+    check = CropCheck(inputs, per_example, shifts_labels)
+    check.read(check.segments.new_zeros(0))
+
+
+class CropCheck:
+    """The checks of `check_croppable`, with a result that is read later, together with other numbers.
+
+    Raises:
+        ValueError: on construction, if a column is missing or malformed; from `read`, if an example would lose
+            something.
+    """
+
+    def __init__(
+        self, inputs: Mapping[str, Any], per_example: Collection[str] = (), shifts_labels: bool = False
+    ) -> None:
+        self.segments, attended = _checked_columns(inputs)
+        errors = _errors(inputs, self.segments, attended, per_example, shifts_labels)
+        self._messages = list(errors)
+        self._wrong = torch.stack(list(errors.values()))  # (checks, batch)
+
+    def read(self, numbers: Tensor) -> list[int]:
+        """The values of integers `(n,)`; they and the result of the checks are one wait for the device."""
+        found, *values = torch.cat([self._wrong.any().view(1).to(numbers.dtype), numbers]).tolist()
+        if found:
+            check, example = self._wrong.nonzero()[0].tolist()
+            segments = self.segments[example].unique().tolist()
+            raise ValueError(
+                f"Example {example} of the batch cannot be cropped: {self._messages[check]}. (Its segments: "
+                f"{segments}.)"
+            )
+        return values
+
+
+def _errors(
+    inputs: Mapping[str, Any], segments: Tensor, attended: Tensor, per_example: Collection[str], shifts_labels: bool
+) -> dict[str, Tensor]:
+    """What may be wrong, and (batch,) bool: with which examples it is."""
     removable = (segments > 0) & attended
-    errors = {
+    return {
         "crop_segments is negative somewhere; use 0 for tokens that must stay and 1, 2, … for removable segments": (
             segments < 0
         ).any(dim=1),
@@ -44,14 +80,6 @@ def check_croppable(inputs: Mapping[str, Any], per_example: Collection[str] = ()
             _loses_first_label(inputs, removable, attended, per_example, shifts_labels)
         ),
     }
-    # One host synchronization for all checks.
-    wrong = torch.stack(list(errors.values()))  # (checks, batch)
-    if wrong.any():
-        check, example = wrong.nonzero()[0].tolist()
-        found = segments[example].unique().tolist()
-        raise ValueError(
-            f"Example {example} of the batch cannot be cropped: {list(errors)[check]}. (Its segments: {found}.)"
-        )
 
 
 def _checked_columns(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ moves with them, answer positions keep pointing at the same tokens, and the batc
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -62,19 +62,55 @@ def crop_batch(
     Raises:
         ValueError: if the batch has `input_ids`, but `pad_values` does not say how to pad them.
     """
+    keeps, side, multiple = keep.unsqueeze(0), padding_side, pad_to_multiple_of
+    return crop_batches(inputs, keeps, pad_values, side, multiple, per_example, shifts_labels)[0]
+
+
+def crop_batches(
+    inputs: Mapping[str, Any],
+    keeps: Tensor,
+    pad_values: Mapping[str, float] = PAD_VALUES,
+    padding_side: PaddingSide | None = None,
+    pad_to_multiple_of: int = 1,
+    per_example: Collection[str] = (),
+    shifts_labels: bool = False,
+    read: Callable[[Tensor], list[int]] = Tensor.tolist,
+) -> list[dict[str, Any]]:
+    """`crop_batch` for each of `keeps` (crops, batch, length); their lengths are one wait for the device.
+
+    Args:
+        read: the values of integers `(crops,)` on the device; it is called once, and nothing else is read.
+    """
     attended = inputs["attention_mask"].bool()
+    lead = _predicted_from_padding(inputs, attended, per_example) if shifts_labels else 0
+    kept = keeps & attended
+    longest = read((kept.sum(dim=2, keepdim=True) + lead).amax(dim=(1, 2)))
     pad_values = {**PAD_VALUES, **pad_values}
     if "input_ids" in inputs and "input_ids" not in pad_values:
         raise ValueError("Cropped rows are padded, but there is no padding token; set tokenizer.pad_token.")
-    lead = _predicted_from_padding(inputs, attended, per_example) if shifts_labels else 0
-    moves = _moves(keep & attended, _pads_left(attended, padding_side), pad_to_multiple_of, lead)
-    rows = torch.arange(len(keep), device=keep.device).unsqueeze(1)
+    pads_left = _pads_left(attended, padding_side)
+    crops: list[dict[str, Any]] = []
+    for one, length in zip(kept, longest, strict=True):
+        moves = _moves(one, pads_left, _rounded(length, pad_to_multiple_of, one.size(1)), lead)
+        crops.append(_moved_columns(inputs, moves, attended & ~one, pad_values, per_example, shifts_labels))
+    return crops
 
+
+def _moved_columns(
+    inputs: Mapping[str, Any],
+    moves: _Moves,
+    removed: Tensor,
+    pad_values: Mapping[str, float],
+    per_example: Collection[str],
+    shifts_labels: bool,
+) -> dict[str, Any]:
+    """The columns of the crop without the tokens that are `removed` (batch, length)."""
+    rows = torch.arange(len(removed), device=removed.device).unsqueeze(1)
     cropped: dict[str, Any] = {}
     for name, value in inputs.items():
-        if is_per_token(name, value, keep.shape, per_example):
+        if is_per_token(name, value, removed.shape, per_example):
             if name == "position_ids":
-                value = value - _removed_in_run(value, attended & ~keep)
+                value = value - _removed_in_run(value, removed)
             is_padding = moves.is_padding
             if name == "labels" and shifts_labels:
                 is_padding = is_padding | moves.left_column_0
@@ -125,12 +161,16 @@ class _Moves(NamedTuple):
         return moved
 
 
-def _moves(kept: Tensor, pads_left: Tensor | int, multiple: int, lead: Tensor | int) -> _Moves:
-    """Closes up the kept tokens (batch, length), with at least `lead` (batch, 1) columns of padding before them."""
+def _rounded(length: int, multiple: int, full_length: int) -> int:
+    """The length of a crop: rounded up to the multiple, but at least 1 and at most the full length."""
+    return min(full_length, math.ceil(max(1, length) / multiple) * multiple)
+
+
+def _moves(kept: Tensor, pads_left: Tensor | int, length: int, lead: Tensor | int) -> _Moves:
+    """Closes up the kept tokens (batch, full length) to a new length, with at least `lead` (batch, 1) columns of
+    padding before them."""
     full_length = kept.size(1)
     counts = kept.sum(dim=1, keepdim=True)  # (batch, 1)
-    length = max(1, int((counts + lead).max()))
-    length = min(full_length, math.ceil(length / multiple) * multiple)
     padding_before = (pads_left * (length - counts)).clamp(min=lead)  # (batch, 1)
 
     # Column j takes the (j - padding_before)-th kept token; a stable sort puts the kept ones first and in order.
