@@ -305,7 +305,7 @@ def check_first_batch(step: Any, forwards: Forwards, batches: Mapping[tuple, Any
             return False
         check_finite(forward.loss)
         problems = [_recomputed_reentrantly(step, forward.loss)]
-        shares = Shares(shares.values.detach(), shares.weights, shares.rest.detach())
+        shares = shares.detach()
         del forward  # and its graph, before the next one is built
         problems += [_nothing_dropped(step, forwards, full), _nothing_ablated(step, forwards, batches)]
         problems += [_dropped_in_backward(step, forwards, batches)]

@@ -297,22 +297,24 @@ class ComparativeStep:
         lower = lowers.get(full.levels)
         if lower is not None:
             lower.keeps_graph = True
-        with torch.no_grad():
+        # Forwards without a graph run uncompiled, and inductor draws other masks: a compiled model makes a graph here
+        # too, and lets go of it before the next forward.
+        with torch.set_grad_enabled(forwards.is_compiled):
             plan, first = self._full_without_graph(forwards, batches[full.levels], lower)
             if plan is None or first is None:
                 return forwards.run(batches[full.levels], full.levels).loss  # nothing in this batch has a label
-            shares = [first, *(self._read(forwards, plan, batches, one, lowers.get(one.levels)) for one in others)]
+            shares, first = [first.detach()], None
+            for one in others:
+                shares.append(self._read(forwards, plan, batches, one, lowers.get(one.levels)).detach())
         # Of what variants share, only the full model's keeps its graph.
         with_graph = {levels: one for levels, one in lowers.items() if one is lower}
         if lower is not None:
             lower.returns_leaves = True
-        kept = self._read(
-            forwards, plan, batches, last, with_graph.get(last.levels)
-        )  # may keep its graph, as the only one
+        kept = self._read(forwards, plan, batches, last, with_graph.get(last.levels))  # the graph of one may stay
         leaf = torch.stack([one.values for one in (*shares, kept)], -1).detach().requires_grad_()
-        value = minimized(self.objective, leaf, first.weights)
+        value = minimized(self.objective, leaf, shares[0].weights)
         (factors,) = torch.autograd.grad(value, leaf)  # (batch, parts, 1 + c)
-        self._note(leaf, first.weights)
+        self._note(leaf, shares[0].weights)
         wrapped = self.model
 
         def term(index: int, model: nn.Module) -> Tensor:
@@ -326,7 +328,7 @@ class ComparativeStep:
         terms = [lambda: (kept.values * factors[..., -1]).sum()] if counts[-1] else []
         terms += [partial(term, index, forwards.model) for index in range(len(others), 0, -1) if counts[index]]
         terms.append(lambda: in_one_forward(wrapped, partial(term, 0), self._parts))
-        return loss_in_backward(value.detach() + first.rest.detach(), terms, devices, lower)
+        return loss_in_backward(value.detach() + shares[0].rest, terms, devices, lower)
 
     def _full_without_graph(
         self, forwards: Forwards, batch: Any, lower: Lower | None
@@ -481,10 +483,17 @@ class ComparativeStep:
         found: dict[tuple[int, ...], Any] = {(): batch}
         for number, kind in enumerate(self.kinds):
             most = max(variant.levels[number] for variant in variants)
+            before = {id(one): one for one in found.values()}
+            start = RandomState.capture(self.devices(batch)) if len(before) > 1 else None
+            after: dict[int, list[Any]] = {}
+            for one in before.values():
+                if after and start is not None:
+                    start.restore()  # the same draws for the batches of all levels of the kinds before
+                after[id(one)] = kind.batches(one, most)
             found = {
                 (*levels, level): one
-                for levels, before in found.items()
-                for level, one in enumerate(kind.batches(before, most))
+                for levels, earlier in found.items()
+                for level, one in enumerate(after[id(earlier)])
             }
         return found
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.ablations.drop import CmpDrop, any_rate
 from cmp_trainer.checks import _NotedRates, train_mode_except_batch_norm
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
@@ -179,3 +179,21 @@ def test_batch_norm_stays_in_eval_mode():
 def test_impossible_settings_are_rejected(settings):
     with pytest.raises(ValueError, match="CmpDrop: "):
         CmpDrop(**settings)
+
+
+def test_attention_on_a_gpu_drops_in_a_kernel_that_takes_any_rate():
+    class OnGpu:
+        is_cuda = True
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with any_rate(F.scaled_dot_product_attention, 0.1, (OnGpu(),)):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    for func, rate, query in [
+        (F.dropout, 0.1, OnGpu()),
+        (F.scaled_dot_product_attention, 0.0, OnGpu()),
+        (F.scaled_dot_product_attention, 0.1, torch.ones(1)),
+    ]:
+        with any_rate(func, rate, (query,)):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -486,3 +487,20 @@ def test_dropout_below_the_boundary_alone_is_nothing_to_ablate():
     model.bert.embeddings.dropout.p = 0.5
     with pytest.raises(ValueError, match="all at rate 0"):
         step_of(model, batch_of(token_data()), ablations=[CmpDrop()])
+
+
+# What inductor draws
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("num_layers", [None, 1])
+def test_low_memory_under_inductor_has_the_gradients_of_all_variants_at_once(num_layers):
+    """Inductor draws masks of its own, with and without a graph the same ones."""
+    found = []
+    for low_memory in (False, True):
+        torch._dynamo.reset()
+        model = tiny_bert()
+        compiled = torch.compile(model, backend="inductor")
+        loss, _, step = step_of(compiled, batch_of(token_data()), num_layers, low_memory=low_memory)
+        found.append((loss, gradients(model), step))
+    assert_same(*found)

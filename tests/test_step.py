@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmp_trainer import CmpDrop, ComparativeLoss, ComparativeStep, RegularizedLoss, plan
+from cmp_trainer import CmpCrop, CmpDrop, ComparativeLoss, ComparativeStep, RegularizedLoss, plan
 from cmp_trainer.losses.comparative import comparative_loss
 from tests.helpers import batch_of, cmp_trainer, free_port, gradients, tiny_bert, token_data
 from tests.scripts import step_in_accelerate
@@ -268,3 +268,15 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one(compiled):
         loss, by_name = loss_and_gradients(step, model, batch)
         found.append((loss, by_name))
     torch.testing.assert_close(*found)
+
+
+def test_crops_after_drops_are_the_same_at_every_number_of_drops():
+    batch = batch_of(token_data())
+    batch["crop_segments"] = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6]] * 4)
+    crop, drop = CmpCrop(), CmpDrop()
+    step = ComparativeStep(tiny_bert(), [drop, crop, drop, crop])
+    batches = step._batches(batch, step.variants)
+    for crops in range(3):
+        for drops in (1, 2):
+            torch.testing.assert_close(batches[drops, crops], batches[0, crops], rtol=0, atol=0)
+    assert step.variants[-1].levels == (2, 2)

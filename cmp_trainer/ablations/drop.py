@@ -12,12 +12,14 @@ Source: https://doi.org/10.1145/3652599, section on CmpDrop.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmp_trainer.ablations.protocol import Ablation, Handler
 
@@ -112,8 +114,19 @@ class CmpDrop(Ablation):
         return intercepted_dropout(partial(self._drop, level))
 
     def _drop(self, level: int, site: "Site", func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = site.with_rate(self.rate(site.own_rate(args, kwargs), level), args, kwargs)
-        return func(*args, **kwargs)
+        rate = self.rate(site.own_rate(args, kwargs), level)
+        args, kwargs = site.with_rate(rate, args, kwargs)
+        with any_rate(func, rate, args):
+            return func(*args, **kwargs)
+
+
+def any_rate(func: Callable, rate: float, args: tuple) -> AbstractContextManager:
+    """Context in which attention runs in a kernel that takes any rate. cuDNN's takes multiples of 1/16, so one variant
+    could run in it and the next one in another, whose masks are not nested in its own."""
+    query = args[0] if args else None
+    if func is not F.scaled_dot_product_attention or not rate or query is None or not query.is_cuda:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 @dataclass(frozen=True)

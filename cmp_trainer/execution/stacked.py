@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmp_trainer.ablations.drop import RECURRENT, CmpDrop, Site, intercepted_dropout
+from cmp_trainer.ablations.drop import RECURRENT, CmpDrop, Site, any_rate, intercepted_dropout
 from cmp_trainer.ablations.protocol import Ablation, Handler
 from cmp_trainer.execution.random_state import generator_state, set_generator_state
 
@@ -79,7 +79,8 @@ class StackedDrop(Ablation):
                 tuple(values[group] for values in group_args),
                 {key: values[group] for key, values in group_kwargs.items()},
             )
-            outputs.append(func(*ours, **ours_by_name))
+            with any_rate(func, rate, ours):
+                outputs.append(func(*ours, **ours_by_name))
         return torch.cat(outputs)
 
 

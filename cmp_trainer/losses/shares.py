@@ -55,6 +55,10 @@ class Shares(NamedTuple):
     weights: Tensor
     rest: Tensor
 
+    def detach(self) -> Shares:
+        """The same numbers without a graph."""
+        return Shares(self.values.detach(), self.weights, self.rest.detach())
+
 
 @dataclass
 class Plan:

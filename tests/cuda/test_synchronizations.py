@@ -14,7 +14,7 @@ from tests.cuda.steps import DEVICE, EXECUTIONS, all_or_top_layers, batch, bert
 # Upper bounds, of a forward and backward with two drops.
 STACKED = 2  # the sign test, and whether part of the loss belongs to no example
 LOW_MEMORY = 2
-CROP = 2  # whether it loses a label, and its length
+CROP = 1  # whether it loses a label, and its length
 
 CHECKED_AFTER = 2  # steps
 
