@@ -98,7 +98,8 @@ def main() -> None:
     plot(results, args.output.with_suffix(".png"))
     print(as_markdown(results))
     if args.output.parent == DOCS:
-        insert(as_markdown(results), DOCS / "performance.md")
+        insert(as_markdown(results), DOCS / "performance.md", "steps")
+        insert(summary(results), DOCS / "performance.md", "summary")
 
 
 def make_model(name: str) -> Any:
@@ -234,9 +235,26 @@ def as_markdown(results: pd.DataFrame) -> str:
     return "\n".join(lines).strip()
 
 
-def insert(table: str, page: Path) -> None:
+def summary(results: pd.DataFrame) -> str:
+    """Step times as multiples of the plain Trainer's, by ablations and ablated layers, at the size of the figure."""
+    model, size = FIGURE
+    rows = results[(results["model"] == model) & (results["size"] == size)].set_index("contender")
+
+    def cell(contender: str) -> str:
+        row = rows.loc[contender]
+        return f"{row['median']:.2f} ({row['low']:.2f} – {row['high']:.2f})"
+
+    tops = [f"top {number}" for number in LAYERS]
+    lines = ["| | " + " | ".join(tops) + f" | all {BERTS[model][0]} layers |", "| --- " * (len(LAYERS) + 2) + "|"]
+    for ablations in ABLATIONS:
+        cells = [cell(f"c = {ablations}, {top}") for top in tops] + [cell(f"c = {ablations}")]
+        lines.append(f"| c = {ablations} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "| R-Drop |" + " |" * len(LAYERS) + f" {cell('R-Drop')} |"])
+
+
+def insert(table: str, page: Path, mark: str) -> None:
     """Put the table between the two marks of a page."""
-    begin, end = "<!-- steps: begin -->", "<!-- steps: end -->"
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     page.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 

@@ -22,7 +22,7 @@ from torch.autograd.variable import Variable
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop, in_train_mode, intercepted_dropout
 from cmp_trainer.ablations.protocol import Ablation
-from cmp_trainer.execution.boundary import CannotShare
+from cmp_trainer.execution.boundary import REENTRANT, CannotShare
 from cmp_trainer.execution.compiled import backends
 from cmp_trainer.execution.forwards import Forwards, own_containers, versions
 from cmp_trainer.execution.intercept import Intercept
@@ -522,17 +522,30 @@ def _shares_lower(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -
             except CannotShare:
                 if len(written) == known:
                     raise
-        if all(_same(one, other) for one, other in zip(separate, shared, strict=True)):
+        (values, *gradients), (others, *other_gradients) = separate, shared
+        size = max((float(one.abs().max()) for one in gradients if one.numel()), default=0.0) or 1.0
+        pairs = [(values, others), *((a / size, b / size) for a, b in zip(gradients, other_gradients, strict=True))]
+        if all(_same(one, other) for one, other in pairs):
             return True
         reason = "the losses or their gradients differ from those of separate forwards."
     except CannotShare as error:
         reason = str(error)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the model or the loss, which both did in separate forwards
+        reason = f"a forward with shared layers fails ({error})."
+    warn_of_separate_layers(step.ablated_layers, reason)
+    return False
+
+
+def warn_of_separate_layers(num_layers: int, reason: object) -> None:
+    """Say why the layers below the top ones run for each variant."""
     logger.warning(
-        "the layers below the top %d run once for each variant, which takes more time and gives the same result: %s",
-        step.ablated_layers,
+        "the layers below the top %d cannot be shared, so they run once for each variant: slower, with the same "
+        "result. Reason: %s",
+        num_layers,
         reason,
     )
-    return False
 
 
 def _shares_and_gradients(
@@ -552,10 +565,8 @@ def _shares_and_gradients(
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
-        raise CannotShare("gradient checkpointing is reentrant; pass use_reentrant=False.") from error
-    size = max((float(one.detach().abs().max()) for one in found if one is not None and one.numel()), default=0.0)
-    gradients = [torch.zeros(()) if one is None else one / (size or 1.0) for one in found]
-    return [values.detach(), *gradients]
+        raise CannotShare(REENTRANT) from error
+    return [values.detach(), *(torch.zeros(()) if one is None else one for one in found)]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

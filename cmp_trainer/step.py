@@ -222,6 +222,7 @@ class ComparativeStep:
     def check_again(self) -> None:
         """Check the next batch like the first one, after a change to something that the checks depend on."""
         self._checked, self._stacking, self._boundary, self._plans = False, None, None, {}
+        self._shares_lower = False
 
     def check_end(self) -> None:
         """Check what can only be seen at the end of a training.
@@ -249,10 +250,11 @@ class ComparativeStep:
             try:
                 end = self._run(forwards, batches, devices)
             except CannotShare as error:
-                raise CannotShare(
-                    f"{error} So the lower layers cannot run once for all variants, which they could on the first "
-                    "batch. Leave out --cmp_ablated_layers."
-                ) from error
+                if num_processes() > 1:  # which do equally many forwards
+                    raise CannotShare(f"{error} That is new in this batch; leave out --cmp_ablated_layers.") from error
+                checks.warn_of_separate_layers(self._boundary.num_layers if self._boundary else 0, error)
+                self._shares_lower = False
+                end = self._run(forwards, batches, devices)
         self._batches_seen += 1
         self._note_removed(batches)
         return end
@@ -301,8 +303,15 @@ class ComparativeStep:
         # too, and lets go of it before the next forward.
         with torch.set_grad_enabled(forwards.is_compiled):
             plan, first = self._full_without_graph(forwards, batches[full.levels], lower)
-            if plan is None or first is None:
-                return forwards.run(batches[full.levels], full.levels).loss  # nothing in this batch has a label
+        if plan is None or first is None:  # nothing in this batch has a label
+            return in_one_forward(
+                self.model,
+                lambda model: (
+                    self._forwards(model, forwards.loss_fn, forwards.start).run(batches[full.levels], full.levels).loss
+                ),
+                self._parts,
+            )
+        with torch.set_grad_enabled(forwards.is_compiled):
             shares, first = [first.detach()], None
             for one in others:
                 shares.append(self._read(forwards, plan, batches, one, lowers.get(one.levels)).detach())
@@ -323,10 +332,14 @@ class ComparativeStep:
             scalar = (shares.values * factors[..., index]).sum()
             return scalar + shares.rest if index == 0 else scalar
 
+        def inner_term(index: int) -> Tensor:
+            with inner_model(wrapped, self._parts) as model:
+                return term(index, model)
+
         # Where processes share their weights, all have to do equally many forwards.
         counts = factors.flatten(0, -2).ne(0).any(0).tolist() if num_processes() == 1 else [True] * len(self.variants)
         terms = [lambda: (kept.values * factors[..., -1]).sum()] if counts[-1] else []
-        terms += [partial(term, index, forwards.model) for index in range(len(others), 0, -1) if counts[index]]
+        terms += [partial(inner_term, index) for index in range(len(others), 0, -1) if counts[index]]
         terms.append(lambda: in_one_forward(wrapped, partial(term, 0), self._parts))
         return loss_in_backward(value.detach() + shares[0].rest, terms, devices, lower)
 

@@ -121,7 +121,15 @@ def test_every_architecture_gives_the_losses_and_gradients_of_separate_forwards(
             continue
         ours = step_of(model, tiny.batch())
         assert ours[2]._shares_lower
-        assert_same(ours, step_of(model, tiny.batch(), shares=False), 2e-5 if tiny.model_type == "xlm" else 2e-6)
+        separate, tolerance = step_of(model, tiny.batch(), shares=False), 2e-5 if tiny.model_type == "xlm" else 2e-6
+        assert_same(ours, separate, tolerance)
+        assert_same(step_of(model, tiny.batch(), low_memory=True), separate, tolerance)
+        try:
+            stacked = step_of(model, tiny.batch(), forward="stacked")
+        except ValueError as refusal:
+            assert "--cmp_forward stacked does not work for this model" in str(refusal)
+        else:
+            assert_same(stacked, separate, 10 * tolerance)
         assert untouched(model)
         losses = {name: value for name, value in ours[2].log().items() if name.startswith("loss")}
         assert len(set(losses.values())) == 3
@@ -264,7 +272,7 @@ def test_reentrant_checkpointing_runs_the_lower_layers_for_each_variant_and_says
     with caplog.at_level(logging.WARNING):
         ours = step_of(model, batch)
     assert not ours[2]._shares_lower
-    assert "run once for each variant" in caplog.text and "use_reentrant=False" in caplog.text
+    assert "run once for each variant" in caplog.text and "use_reentrant" in caplog.text
     assert_same(ours, expected)
 
 
@@ -413,7 +421,127 @@ def test_an_encoder_that_is_called_twice_in_a_loss_is_shared_call_by_call(execut
 
     loss_fn.stackable = True
     run = functools.partial(step_of, encoder, batch, loss_fn=loss_fn)
-    assert_same(run(**EXECUTIONS[execution]), run(shares=False))
+    ours = run(**EXECUTIONS[execution])
+    assert ours[2]._shares_lower
+    assert_same(ours, run(shares=False))
+
+
+def test_a_second_run_on_what_the_first_one_predicted_is_not_shared():
+    """Recycled predictions differ between variants; on the first batch all of them happen to agree."""
+    model, batch = tiny_bert(num_hidden_layers=3), batch_of(token_data())
+    recycled = [False]
+
+    def loss_fn(model, batch):
+        outputs = model(**batch)
+        tokens = (
+            outputs.logits.mul(1e4).long().abs().remainder(35).add(5) if recycled[0] else batch["input_ids"][:, :3]
+        )
+        return outputs.loss + model(input_ids=tokens, labels=batch["labels"]).loss
+
+    found = []
+    for shares in (True, False):
+        recycled[0] = False
+        step = ComparativeStep(model.train(), [DROP] * 2, ablated_layers=1, forward="sequential")
+        torch.manual_seed(5)
+        step(batch, loss_fn)
+        recycled[0] = True
+        assert step._shares_lower
+        step._shares_lower = shares
+        torch.manual_seed(5)
+        model.zero_grad()
+        loss = step(batch, loss_fn)
+        loss.backward()
+        found.append((loss.detach(), gradients(model), step))
+        assert not step._shares_lower
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("padded_first", [False, True])
+def test_stacked_batches_with_and_without_padding_follow_each_other(padded_first):
+    """Without padding, transformers passes no mask to the layers."""
+    model, plain = tiny_bert(num_hidden_layers=3), batch_of(token_data())
+    padded = {**plain, "attention_mask": plain["attention_mask"].clone()}
+    padded["attention_mask"][1, -3:] = 0
+    batches = [padded, plain, padded] if padded_first else [plain, padded, plain]
+    found = []
+    for settings in ({"forward": "stacked"}, {"forward": "sequential"}):
+        step = ComparativeStep(model.train(), [DROP] * 2, ablated_layers=1, **settings)
+        for number, batch in enumerate(batches):
+            torch.manual_seed(number)
+            model.zero_grad()
+            loss = step(batch)
+            loss.backward()
+            found.append((loss.detach(), gradients(model), step))
+    for ours, expected in zip(found[:3], found[3:], strict=True):
+        assert_same(ours, expected)
+
+
+class WritesLater(nn.Module):
+    """Zeroes padding in place, in what its embeddings returned, where there is padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = tiny_bert(num_hidden_layers=3)
+        encode = self.bert.bert.encoder.forward
+
+        def forward(hidden, *args, **kwargs):
+            if self.padding.any():
+                hidden[self.padding] = 0
+            return encode(hidden, *args, **kwargs)
+
+        self.bert.bert.encoder.forward = forward
+
+    def forward(self, **batch):
+        self.padding = batch["input_ids"] == 39
+        return self.bert(**batch)
+
+
+@every_execution
+def test_what_a_model_writes_into_lower_outputs_on_a_later_batch_only_is_not_lost(execution):
+    plain, model = batch_of(token_data()), WritesLater()
+    plain["input_ids"] = plain["input_ids"].clamp(max=38)
+    padded = {**plain, "input_ids": plain["input_ids"].clone()}
+    padded["input_ids"][1, -3:] = 39
+    found = []
+    for settings in (EXECUTIONS[execution], {"forward": "sequential"}):
+        step = ComparativeStep(model.train(), [DROP] * 2, ablated_layers=1, **settings)
+        step(plain)
+        if len(found):
+            step._shares_lower = False
+        torch.manual_seed(5)
+        model.zero_grad()
+        loss = step(padded)
+        loss.backward()
+        found.append((loss.detach(), gradients(model), step))
+    assert_same(*found)
+
+
+def test_low_memory_of_batches_without_labels_waits_and_can_be_differentiated():
+    step = ComparativeStep(AVAILABLE["gpt2"].build().train(), [DROP], ablated_layers=1, low_memory=True)
+    unlabelled = {**AVAILABLE["gpt2"].batch(), "labels": torch.full((2, 8), -100)}
+    step(unlabelled).backward()
+    step(AVAILABLE["gpt2"].batch()).backward()
+    assert step.num_comparisons == 1
+
+
+def test_the_module_that_calls_the_layers_compiled_as_a_whole_is_rejected():
+    model = tiny_bert()
+    model.bert.encoder.compile(backend="aot_eager")
+    with pytest.raises(ValueError, match=r"did not call the layers of bert\.encoder\.layer one by one"):
+        step_of(model, batch_of(token_data()))
+
+
+def test_layers_that_a_loss_calls_by_itself_are_no_stack():
+    model = tiny_bert()
+
+    def loss_fn(model, batch):
+        hidden = model.bert.embeddings(batch["input_ids"])
+        for layer in model.bert.encoder.layer:
+            hidden = layer(hidden)[0] if isinstance(layer(hidden), tuple) else layer(hidden)
+        return F.cross_entropy(model.classifier(hidden[:, 0]), batch["labels"])
+
+    with pytest.raises(ValueError, match="no stack of layers was found"):
+        step_of(model, batch_of(token_data()), loss_fn=loss_fn)
 
 
 # Evaluation

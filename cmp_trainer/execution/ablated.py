@@ -7,7 +7,7 @@ Training, evaluation, curves and the recomputation of gradient checkpointing all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -95,10 +95,12 @@ class Ablated:
     def recompute(
         self, function: Callable, args: tuple, kwargs: dict[str, Any], place: Place | None, reentrant: bool
     ) -> Any:
-        """Call a checkpointed part of the forward: the first time, or a second time, in backward, where its own
-        random state has been restored."""
-        if self._entered:
-            with self._walk.reentrant() if reentrant and self._walk is not None else nullcontext():
+        """Call a checkpointed part of the forward again, in backward, where its own random state has been restored;
+        or, where the checkpoint is reentrant, also the first time."""
+        if self._entered and (self._walk is None or place is None):
+            return function(*args, **kwargs)
+        if self._entered and self._walk is not None and place is not None:
+            with self._walk.reentrant() if reentrant else self._walk.recomputed(place):
                 return function(*args, **kwargs)
         with ExitStack() as stack:
             with preserve_rng_state(self._devices) as now:

@@ -22,6 +22,10 @@ from cmp_trainer.execution.layers import Stack
 from cmp_trainer.losses.shares import CannotCompare
 
 _CALL = "_compiled_call_impl"
+REENTRANT = (
+    "reentrant gradient checkpointing hides the graph of the lower layers; pass --gradient_checkpointing_kwargs "
+    "'{\"use_reentrant\": false}'."
+)
 
 
 class CannotShare(CannotCompare):
@@ -73,9 +77,6 @@ class Below:
     def call(self, walk: Walk, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A module's call below the boundary."""
         return original(*args, **kwargs)
-
-    def cross(self, walk: Walk) -> None:
-        """The forward goes over the boundary."""
 
 
 class Walk:
@@ -142,6 +143,22 @@ class Walk:
         finally:
             self._is_reentrant = before
 
+    @contextmanager
+    def recomputed(self, place: Place) -> Iterator[None]:
+        """What was checkpointed at a place is run again in the body, while the forward is still under way (for a
+        gradient that a loss is made of)."""
+        now, was_recomputed = self.place, self.is_recomputed
+        try:
+            self._go_to(place, True)
+            yield
+        finally:
+            self._go_to(now, was_recomputed)
+
+    def _go_to(self, place: Place, is_recomputed: bool) -> None:
+        self.records, self.below, self.layer, self.shared, self.crossings = place
+        self.is_recomputed = is_recomputed
+        self._switch(self.below)
+
     # --- calls of modules ---
 
     def _on_path(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +169,8 @@ class Walk:
 
     def _owner(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
         output = self._on_path(module, original, *args, **kwargs)
-        if not self._is_inside and self.below:  # all of the top layers were left out by layer drop
+        was_seen = self.layer or original == module._call_impl  # not compiled as a whole
+        if not self._is_inside and self.below and was_seen:  # layer drop left out all of the top layers
             self._cross()
         return output
 
@@ -172,16 +190,14 @@ class Walk:
         return self._shared(module, original, args, kwargs)
 
     def _cross(self) -> None:
-        if self.lower is not None:
-            self.lower.cross(self)
         self.crossings += 1
         self._is_below(False)
 
     def _is_below(self, below: bool) -> None:
         self.below = below
         self._switch(below)
-        if self.lower is not None and self.lower.keeps_graph and self.records:
-            torch.set_grad_enabled(below or self._has_grad)  # also for what the model computes between its modules
+        if self.lower is not None and self.lower.keeps_graph and self.records and not self._has_grad:
+            torch.set_grad_enabled(below)  # also for what the model computes between its modules
 
     def _shared(self, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._is_inside = True
@@ -189,10 +205,7 @@ class Walk:
             if self.lower is None:
                 return original(*args, **kwargs)
             if self._is_reentrant:
-                raise CannotShare(
-                    "reentrant gradient checkpointing hides the graph of the shared layers; use "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
+                raise CannotShare(REENTRANT)
             output = self.lower.call(self, module, original, args, kwargs)
             self.shared += 1
             return output
@@ -205,7 +218,7 @@ def check_crossed(walk: Walk) -> None:
     if not walk.crossings:
         raise CannotCompare(
             f"a forward did not call the layers of {walk.boundary.stack.name} one by one, so only the top "
-            f"{walk.boundary.num_layers} of them cannot be ablated. Where torch.compile was applied to a part of the "
-            "model, apply it to the whole model (torch.compile(model) or --torch_compile), or leave out "
-            "--cmp_ablated_layers."
+            f"{walk.boundary.num_layers} of them cannot be ablated. Every batch has to run these layers; where "
+            "torch.compile was applied to a part of the model, apply it to the whole model (torch.compile(model) or "
+            "--torch_compile). Or leave out --cmp_ablated_layers."
         )

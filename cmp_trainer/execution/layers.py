@@ -22,7 +22,7 @@ _SMALL = 0.1  # of the parameters of the largest stack
 
 
 class NoStack(ValueError):
-    """The model has no stack of layers, or too short a one."""
+    """The model has no stack of layers, or one with fewer layers than asked for."""
 
 
 @dataclass
@@ -65,7 +65,8 @@ def find_stack(model: nn.Module, run: Callable[[], Any], num_layers: int) -> Sta
     if not found:
         raise NoStack(
             f"--cmp_ablated_layers {num_layers}: no stack of layers was found in {type(model).__name__}, that is, no "
-            "list of modules of one kind that are called one after the other. Leave it out to ablate the whole model."
+            "list of modules of one kind that are called one after the other in the forward of a module. Leave it out "
+            "to ablate the whole model."
         )
     stack = found[-1]
     if num_layers > len(stack.layers):
@@ -155,7 +156,7 @@ def _frames(
                 first, end = name, where[-1]
                 by_list[name] = [call.inside[place] for place in where], size
             inside.update(id(call.inside[place]) for place in where)
-        if by_list:
+        if by_list and path:  # layers that a loss function calls by itself are in no module's forward
             yield (*path, call)[1:], by_list
 
 

@@ -20,18 +20,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.boundary import Below, CannotShare, Walk
-from cmp_trainer.execution.random_state import RandomState, generator_state, set_generator_state
+from cmp_trainer.execution.random_state import generator_state, set_generator_state
 
 
 class Lower(Below):
-    """What the modules below the boundary returned in the first forward of a step.
+    """What the modules below the boundary returned in the first forward of a step."""
 
-    Args:
-        keeps_graph: keep their graph also where the forward itself runs without one.
-    """
-
-    def __init__(self, keeps_graph: bool = False) -> None:
-        self.keeps_graph = keeps_graph
+    def __init__(self) -> None:
         self.returns_leaves = False  # in place of tensors with the lower graph
         self._leaves: dict[int, tuple[Tensor, Tensor]] = {}
         self.forget()
@@ -40,7 +35,6 @@ class Lower(Below):
         """The next forward is the first one again."""
         self.is_recorded = False
         self._returned: list[_Returned] = []
-        self._states: list[RandomState] = []
 
     def call(self, walk: Walk, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A module's call below the boundary."""
@@ -54,17 +48,10 @@ class Lower(Below):
         has_drawn = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
         kept = tree_map(_copy if module in walk.boundary.written else _same, output)  # containers are copied anyway
         versions = [tensor._version for tensor in _tensors(kept)]
-        self._returned.append(_Returned(module, kept, versions, after if has_drawn else None))
+        # After the boundary was crossed, inputs of a second run of the model may depend on the first one's outputs.
+        taken = [tensor.detach() for tensor in _tensors((args, kwargs))] if walk.crossings else None
+        self._returned.append(_Returned(module, kept, versions, after if has_drawn else None, taken))
         return output
-
-    def cross(self, walk: Walk) -> None:
-        """All variants go on from one random state."""
-        if not walk.records:
-            if walk.crossings >= len(self._states):
-                raise CannotShare("a variant calls the layers more often than the full model.")
-            self._states[walk.crossings].restore()
-        elif not walk.is_recomputed:
-            self._states.append(RandomState.capture(walk.devices))
 
     def backward(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors that leaves stood for, and the gradients that arrived at the leaves, which are forgotten."""
@@ -79,13 +66,16 @@ class Lower(Below):
         if [tensor._version for tensor in _tensors(returned.output)] != returned.versions:
             walk.boundary.written.add(module)
             raise CannotShare(f"the model writes into what {type(module).__name__} returned.")
-        if returned.drawn is not None:
-            for device, state in zip(walk.devices, returned.drawn, strict=True):
-                set_generator_state(device, state)
+        if returned.taken is not None and not _all_equal(returned.taken, _tensors((args, kwargs))):
+            raise CannotShare(f"{type(module).__name__} is called on other inputs than in the full model.")
         output = tree_map(self._leaf if self.returns_leaves else _same, returned.output)
         if module in walk.boundary.written:
             output = tree_map(_copy, output)
-        return _seen_by_hooks(module, output, args, kwargs)
+        _show_to_hooks(module, output, args, kwargs)
+        if returned.drawn is not None:
+            for device, state in zip(walk.devices, returned.drawn, strict=True):
+                set_generator_state(device, state)
+        return output
 
     def _leaf(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.requires_grad:
@@ -107,15 +97,20 @@ def lower_parts(kinds: Sequence[Ablation], variants: Iterable[tuple[int, ...]]) 
 
 
 class NotedShapes(Below):
-    """Runs the modules below the boundary, and notes the first dimension of each tensor that they take and return."""
+    """Runs the modules below the boundary, and notes the first dimension of each tensor that they take and return.
 
-    def __init__(self) -> None:
-        self.noted: list[tuple[list[int | None], list[int | None]]] = []
+    Args:
+        rows: how many rows the batch has.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.noted: list[tuple[nn.Module, list[int | None], list[int | None]]] = []
 
     def call(self, walk: Walk, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs it and notes the shapes."""
         output = original(*args, **kwargs)
-        self.noted.append((_first_dimensions((args, kwargs)), _first_dimensions(output)))
+        self.noted.append((module, _first_dimensions((args, kwargs)), _first_dimensions(output)))
         return output
 
 
@@ -124,63 +119,95 @@ class FirstGroup(Below):
     groups are equal to it there; what they return is repeated for all groups.
 
     Args:
-        num_groups: how often the batch is repeated.
-        single, stacked: the shapes in a forward of the batch, and in one of the stacked batch; they show which
-            tensors have rows.
+        rows, num_groups: of the stacked batch.
+        single, stacked: the shapes in a forward of a batch, and in one of a stacked batch; they show which tensors
+            have rows, and how many for each row of the batch.
 
     Raises:
-        CannotShare: some other number changes with the number of rows.
+        CannotShare: some other number changes with the number of rows. When it runs: a batch that is passed in
+            another way than those.
     """
 
-    def __init__(self, num_groups: int, single: NotedShapes, stacked: NotedShapes) -> None:
-        self.num_groups = num_groups
-        if len(single.noted) != len(stacked.noted):
+    def __init__(self, rows: int, num_groups: int, single: NotedShapes, stacked: NotedShapes) -> None:
+        self.rows, self.num_groups = rows, num_groups
+        if [module for module, *_ in single.noted] != [module for module, *_ in stacked.noted]:
             raise CannotShare("a stacked forward calls other modules.")
-        self.rows = [
-            (self._have_rows(*taken), self._have_rows(*returned))
-            for taken, returned in (zip(*both, strict=True) for both in zip(single.noted, stacked.noted, strict=True))
+        self.calls = [
+            (module, *(_sizes(one, other, single.rows, stacked.rows) for one, other in zip(here, there, strict=True)))
+            for (module, *here), (_, *there) in zip(single.noted, stacked.noted, strict=True)
         ]
-        self._repeated: dict[int, tuple[Tensor, Tensor]] = {}
+        self._repeated: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def call(self, walk: Walk, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs it on the first group."""
-        if walk.shared >= len(self.rows):
-            raise CannotShare(f"a stacked forward calls {type(module).__name__} where the first one did not.")
-        taken, returned = self.rows[walk.shared]
-        args, kwargs = self._each(self._first, (args, kwargs), taken)
-        return self._each(self._repeat, original(*args, **kwargs), returned)
+        if walk.shared >= len(self.calls) or self.calls[walk.shared][0] is not module:
+            raise CannotShare(f"it calls {type(module).__name__} where the first batch did not.")
+        _, taken, returned = self.calls[walk.shared]
+        args, kwargs = self._each(self._first, (args, kwargs), taken, self.rows)
+        return self._each(self._repeat, original(*args, **kwargs), returned, self.rows // self.num_groups)
 
-    def _have_rows(self, single: list[int | None], stacked: list[int | None]) -> list[bool]:
-        pairs = list(zip(single, stacked, strict=False))
-        if len(single) != len(stacked) or any(
-            one != other and (one is None or one * self.num_groups != other) for one, other in pairs
-        ):
-            raise CannotShare("not all that its lower layers take and return is by row.")
-        return [one != other for one, other in pairs]
-
-    def _each(self, change: Callable[[Tensor], Tensor], value: Any, have_rows: list[bool]) -> Any:
+    def _each(self, change: Callable[[Tensor], Tensor], value: Any, noted: list[_Size], rows: int) -> Any:
+        """Change the tensors that have rows, which are those of the first batch."""
         leaves, structure = tree_flatten(value)
-        if len(leaves) != len(have_rows):
-            raise CannotShare("a stacked forward passes other values to its lower layers than the first one.")
-        changed = [change(leaf) if has_rows else leaf for leaf, has_rows in zip(leaves, have_rows, strict=True)]
+        sizes, by_row = _first_dimensions(value), {size.rows_each * rows for size in noted if size.rows_each}
+        if len(sizes) != len(noted) or not all(
+            size.is_alike(one, rows, by_row) for one, size in zip(sizes, noted, strict=True)
+        ):
+            raise CannotShare("its lower layers take or return other shapes than on the first batch.")
+        changed = [change(leaf) if size.rows_each else leaf for leaf, size in zip(leaves, noted, strict=True)]
         return tree_unflatten(changed, structure)
 
     def _first(self, stacked: Tensor) -> Tensor:
-        if id(stacked) in self._repeated:
-            return self._repeated[id(stacked)][1]
+        repeated, tensor, version = self._repeated.get(id(stacked), (None, stacked, 0))
+        if repeated is not None and repeated._version == version:
+            return tensor
         return stacked.narrow(0, 0, len(stacked) // self.num_groups)
 
     def _repeat(self, tensor: Tensor) -> Tensor:
         repeated = torch.cat([tensor] * self.num_groups)
-        self._repeated[id(repeated)] = repeated, tensor
+        self._repeated[id(repeated)] = repeated, tensor, repeated._version
         return repeated
+
+
+class _Size(NamedTuple):
+    """The first dimension of a value on the first batch: how many rows it has for one of the batch, 0 where it has
+    none; and its size, None where it is no tensor."""
+
+    rows_each: float
+    size: int | None
+
+    def is_alike(self, size: int | None, rows: int, by_row: set[float]) -> bool:
+        """Whether a size on another batch has rows where this one does; `by_row` are the sizes of what has rows."""
+        if self.rows_each:
+            return size == self.rows_each * rows
+        return size == self.size or (size is not None and self.size is not None and size not in by_row)
+
+
+def _sizes(single: list[int | None], stacked: list[int | None], rows: int, all_rows: int) -> list[_Size]:
+    """From the first dimensions in a forward of a batch, and in one of a stacked batch.
+
+    Raises:
+        CannotShare: some other number changes with the number of rows.
+    """
+    if len(single) != len(stacked):
+        raise CannotShare("not all that its lower layers take and return is by row.")
+    sizes = []
+    for one, other in zip(single, stacked, strict=True):
+        if one == other:
+            sizes.append(_Size(0, one))
+        elif one is not None and other is not None and one * all_rows == other * rows:
+            sizes.append(_Size(one / rows, one))
+        else:
+            raise CannotShare("not all that its lower layers take and return is by row.")
+    return sizes
 
 
 class _Returned(NamedTuple):
     module: nn.Module
     output: Any
     versions: list[int]
-    drawn: list[Tensor] | None  # the generators' states after a call that drew
+    drawn: list[Tensor] | None  # the states of PyTorch's generators after a call that drew
+    taken: list[Tensor] | None  # its inputs, where they may not be those of all variants
 
 
 def _same(value: Any) -> Any:
@@ -191,6 +218,13 @@ def _first_dimensions(value: Any) -> list[int | None]:
     return [len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in tree_leaves(value)]
 
 
+def _all_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    pairs = list(zip(some, others, strict=False))
+    return len(some) == len(others) and all(
+        one.shape == other.shape and torch.equal(one, other) for one, other in pairs
+    )
+
+
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
@@ -199,17 +233,16 @@ def _tensors(value: Any) -> Sequence[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
-def _seen_by_hooks(module: nn.Module, output: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """An output that was kept, passed by the module's hooks, from which models collect hidden states; those of FSDP
-    gather weights, which are not needed."""
+def _show_to_hooks(module: nn.Module, output: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Call the module's hooks with an output that was kept: models collect hidden states in them. What they return is
+    in that output already. Those of FSDP gather weights, which are not needed."""
     if not module._forward_hooks or hasattr(module, "_get_fsdp_state"):
-        return output
+        return
     attributes = vars(module)
     before = attributes.get("forward")
     attributes["forward"] = lambda *args, **kwargs: output
     try:
         module._call_impl(*args, **kwargs)
-        return output
     finally:
         if before is None:
             del attributes["forward"]

@@ -74,8 +74,7 @@ class Stacking:
         shares_lower: bool = False,
     ) -> None:
         self.plan = plan
-        self._shapes: NotedShapes | None = NotedShapes() if shares_lower else None
-        self._shapes_stacked: dict[int, NotedShapes] = {}  # by the number of groups
+        self._shapes: dict[int, NotedShapes] | None = {} if shares_lower else None  # by the number of groups
         self.drop_kind = _drop_kind(forwards.kinds, plan)
         full = batches[variants[0].levels]
         if not isinstance(full, Mapping):
@@ -83,6 +82,7 @@ class Stacking:
         check_no_batch_norm(forwards.model)
         self.names = row_names(full, num_rows(full) or 0)
         self.factors: dict[Place, float] = {}
+        self._has_warned = False
         self.has_rest = False  # a part of the loss that belongs to no row appeared after the first batch
         self._compare_with_single_forwards(forwards, batches, variants)
 
@@ -99,9 +99,16 @@ class Stacking:
             kinds = [drop if number == self.drop_kind else kind for number, kind in enumerate(forwards.kinds)]
             stacked = stack(batch, names, len(group))
             try:
-                forward = forwards.run(stacked, group[0].levels, kinds=kinds, lower=self._lower(len(group)))
+                forward = forwards.run(stacked, group[0].levels, kinds=kinds, lower=self._lower(stacked, len(group)))
                 found = read_shares(forward, self.plan, stacked, self.factors if len(group) > 1 else None)
-            except (Replan, KeyError, CannotShare):
+            except CannotShare as error:
+                if not self._has_warned:
+                    self._has_warned = True
+                    logger.warning(
+                        "a batch could not be stacked, so its variants run one after the other (said once): %s", error
+                    )
+                return None
+            except (Replan, KeyError):
                 return None
             rest, off = rest_beyond_rounding(found, forward), deviation(found, forward, self.plan)
             off = torch.zeros_like(rest) if off is None else off.to(rest) / tolerance(forward)
@@ -150,7 +157,11 @@ class Stacking:
         noted = NotedSites(self._drop_of(forwards, group))
         stacked_batch = stack(batch, self.names, len(group))
         kinds = self._with(forwards, noted)
-        stacked = forwards.run(stacked_batch, group[0].levels, kinds=kinds, lower=self._lower(len(group)))
+        try:
+            lower = self._lower(stacked_batch, len(group))
+            stacked = forwards.run(stacked_batch, group[0].levels, kinds=kinds, lower=lower)
+        except CannotShare as error:
+            raise CannotStack(str(error)) from error
         precise = tolerance(stacked) <= 1e-3 and stacked.loss.device.type == "cpu"
         rtol, atol = (1e-4, 1e-6) if precise else (1e-2, 1e-3)
         for number, result in enumerate(noted.results):
@@ -175,24 +186,19 @@ class Stacking:
         _compare_gradients(forwards.model, found.values, expected, rtol)
 
     def _note_shapes(self, forwards: Forwards, batch: Any, sizes: set[int], variant: Variant) -> None:
+        """Note what the modules below the boundary take and return, in a single and in stacked forwards."""
         if self._shapes is None:
             return
-        with torch.no_grad():
-            forwards.run(batch, variant.levels, only=set(), lower=self._shapes)
-            for size in sizes - {1}:
-                self._shapes_stacked[size] = NotedShapes()
-                stacked = stack(batch, self.names, size)
-                forwards.run(stacked, variant.levels, only=set(), lower=self._shapes_stacked[size])
-        for size in sizes - {1}:
-            self._lower(size)  # raises where it cannot be
+        for size in sorted({1, *sizes}):
+            stacked = stack(batch, self.names, size) if size > 1 else batch
+            self._shapes[size] = NotedShapes((num_rows(batch) or 0) * size)
+            with torch.no_grad():
+                forwards.run(stacked, variant.levels, only=set(), lower=self._shapes[size])
 
-    def _lower(self, groups: int) -> FirstGroup | None:
+    def _lower(self, stacked: Any, groups: int) -> FirstGroup | None:
         if self._shapes is None or groups == 1:
             return None
-        try:
-            return FirstGroup(groups, self._shapes, self._shapes_stacked[groups])
-        except CannotShare as error:
-            raise CannotStack(str(error)) from error
+        return FirstGroup(num_rows(stacked) or 0, groups, self._shapes[1], self._shapes[groups])
 
     def _with(self, forwards: Forwards, drop: Ablation) -> list[Ablation]:
         return [drop if number == self.drop_kind else kind for number, kind in enumerate(forwards.kinds)]
