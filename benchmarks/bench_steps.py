@@ -276,9 +276,9 @@ def plot(results: pd.DataFrame, path: Path) -> None:
     r_drop = rows.loc["R-Drop"]
     axes.axhspan(r_drop["low"], r_drop["high"], color="#bdbdbd", alpha=0.6, linewidth=0)
     axes.axhline(r_drop["median"], color="#636363", linestyle="--", linewidth=1)
-    axes.text(num_layers + 0.1, r_drop["median"], "R-Drop", va="center", color="#636363")
+    axes.text(num_layers + 0.15, r_drop["median"], "R-Drop", va="bottom", color="#636363")
     axes.axhline(1, color="black", linestyle=":", linewidth=1)
-    axes.text(num_layers + 0.1, 1, "plain Trainer", va="center")
+    axes.text(num_layers + 0.15, 1, "plain Trainer", va="bottom")
     axes.set_xticks(layers, [f"top {number}" for number in LAYERS] + [f"all {num_layers}"])
     axes.set_xlim(0.6, num_layers + 1.1)
     axes.set_ylim(0, None)

@@ -255,7 +255,7 @@ def _compare_gradients(model: torch.nn.Module, found: Tensor, expected: Tensor, 
             raise CannotStack("its gradients differ.")
         if one is None or other is None:
             continue
-        # In 16 bit of the size of the largest one: some gradients are only rounding, as those of attention's key biases.
+        # In 16 bit of the size of the largest one: some gradients are only rounding, as those of key biases are.
         own = float(other.abs().max()) * 10
         if not torch.allclose(one, other, rtol=10 * rtol, atol=(size if rtol > 1e-3 else own) * rtol + 1e-8):
             raise CannotStack(f"its gradients differ by up to {(one - other).abs().max():.3g}.")
