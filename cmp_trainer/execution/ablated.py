@@ -57,6 +57,7 @@ class Ablated:
 
     @property
     def is_entered(self) -> bool:
+        """Whether a forward, or a part of it that is recomputed, is under way."""
         return bool(self._entered)
 
     @property

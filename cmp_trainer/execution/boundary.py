@@ -112,6 +112,7 @@ class Walk:
 
     @property
     def place(self) -> Place:
+        """How far the forward has come."""
         return Place(self.records, self.below, self.layer, self.shared, self.crossings)
 
     def __enter__(self) -> Walk:

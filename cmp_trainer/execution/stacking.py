@@ -62,7 +62,7 @@ class Stacking:
         shares_lower: whether layers below the boundary run once for all variants.
 
     Raises:
-        CannotStack: the model or its loss keeps the rows of a stacked batch not apart; says where.
+        CannotStack: the model or its loss does not keep the rows of a stacked batch apart; says where.
     """
 
     def __init__(
