@@ -1,8 +1,9 @@
 """Errors that are reported in one line: those that the user can do something about."""
 
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -43,3 +44,9 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def first_line(error: BaseException) -> str:
     """The first line of its message; its type where it has none."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """` (did you mean …?)` with the known names that are most like this one; nothing where none is."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(prefix + match for match in near)}?)" if near else ""

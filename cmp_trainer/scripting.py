@@ -24,13 +24,12 @@ A `main` under `plain_errors` ends with one line instead of a traceback where th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,16 @@ import datasets
 import transformers
 import yaml
 from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
 from cmp_trainer.checks import check_launch
-from cmp_trainer.errors import first_line, is_disk_fault, is_from_cmp_trainer, origin
+from cmp_trainer.data.tables import check_texts as check_texts  # also of this module, which scripts import
+from cmp_trainer.data.tables import load_file
+from cmp_trainer.data.tables import take_split as take_split
+from cmp_trainer.errors import first_line, is_disk_fault, is_from_cmp_trainer, nearest, origin
 from cmp_trainer.saving.checkpoints import checkpoint_to_resume, checkpoints, fault_of
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,6 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 # Of two arguments for the same thing Trainer follows the second, so one from a config must give way to the first.
 RIVALS = {"num_train_epochs": "max_steps", "warmup_ratio": "warmup_steps"}
-
-# The quotes of a tsv are text, as in GLUE's own files; "None" or "NA" is text too, not a missing value.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 
 # Which extra of this package brings a module that the core does not need.
 EXTRAS = {
@@ -197,7 +189,7 @@ def parse_arguments(*dataclass_types: Any, argv: Sequence[str] | None = None) ->
         raise ValueError(str(error)) from error
     if unknown:
         name = unknown[0].split("=")[0]
-        near = _nearest(name.lstrip("-").replace("-", "_"), fields, "--")
+        near = nearest(name.lstrip("-").replace("-", "_"), fields, "--")
         raise ValueError(f"unknown argument {name}{near}; --help lists all of them")
     return tuple(parsed)
 
@@ -263,78 +255,6 @@ def load_splits(data_args: DataArguments) -> dict[str, Dataset]:
         ) from error
     assert isinstance(splits, DatasetDict)
     return {str(split): dataset for split, dataset in splits.items()}
-
-
-def load_file(file: Path, split: str) -> Dataset:
-    """The rows of one csv, tsv, json (list of objects), jsonl or parquet file.
-
-    Raises:
-        ValueError: The file is missing, without rows, or not of the form that its ending says.
-    """
-    if not file.is_file():
-        beside = sorted(other.name for other in file.parent.glob("*") if other.suffix in READERS)
-        found = f"found there: {', '.join(beside)}" if beside else "no data files there"
-        raise ValueError(f"--{split}_file {file} does not exist; {found}")
-    if file.suffix not in READERS:
-        raise ValueError(f"--{split}_file {file} ends in {file.suffix!r}; expected one of {', '.join(READERS)}")
-    if not file.stat().st_size:
-        raise ValueError(f"--{split}_file {file} is empty")
-    reader, options = READERS[file.suffix]
-    try:
-        dataset = datasets.load_dataset(reader, data_files={split: str(file)}, split=split, **options)
-        assert isinstance(dataset, Dataset)
-        if reader == "json":
-            dataset.data.validate(full=True)  # its reader lets bytes through that are not UTF-8
-    except (DatasetsError, ValueError) as error:
-        reason = _root_cause(error)
-        if reader != "parquet" and (line := _first_line_not_utf8(file)):
-            reason = f"line {line} is not UTF-8; convert the file (iconv -t utf-8)"
-        raise ValueError(f"--{split}_file {file} cannot be read as {file.suffix[1:]}: {reason}") from error
-    if not len(dataset):
-        raise ValueError(f"--{split}_file {file} holds no rows")
-    return dataset
-
-
-def take_split(
-    splits: Mapping[str, Dataset], split: str, columns: Iterable[str], max_samples: int | None = None
-) -> Dataset:
-    """The first `max_samples` rows (all by default) of a split that must have these columns.
-
-    Raises:
-        ValueError: No such split or column, with the names that were found.
-    """
-    if split not in splits:
-        raise ValueError(f"there is no split {split!r} (found: {', '.join(splits)}); pass --{split}_file")
-    dataset = splits[split]
-    for column in columns:
-        if column not in dataset.column_names:
-            near = _nearest(column, dataset.column_names)
-            raise ValueError(f"{split} has no column {column!r}; found: {', '.join(dataset.column_names)}{near}")
-    if max_samples is None or max_samples >= len(dataset):
-        return dataset
-    if max_samples < 1:
-        raise ValueError(f"{max_samples} samples of {split} were asked for; expected 1 or more")
-    logger.info("%s: the first %d of %d rows", split, max_samples, len(dataset))
-    return dataset.select(range(max_samples))
-
-
-def check_texts(dataset: Dataset, split: str, columns: Iterable[str]) -> None:
-    """Refuse columns that hold anything but text, a missing value for instance, before a tokenizer stumbles on it.
-
-    Raises:
-        ValueError: Another type, or missing values, with their number and the first row.
-    """
-    for column in columns:
-        kind = dataset.features[column]
-        dtype = getattr(kind, "dtype", type(kind).__name__)
-        if dtype not in ("string", "large_string"):
-            raise ValueError(f"column {column!r} of {split} holds {dtype}; expected text")
-        missing = [row for row, text in enumerate(dataset[column]) if text is None]
-        if missing:
-            raise ValueError(
-                f"column {column!r} of {split} is empty in {len(missing)} of {len(dataset)} rows "
-                f"(first: row {missing[0]}); remove or complete them"
-            )
 
 
 def load_pretrained(auto_class: Any, name: str, model_args: ModelArguments, **kwargs: Any) -> Any:
@@ -413,6 +333,26 @@ def run(
     return metrics
 
 
+def distinct_names(paths: Sequence[str | Path]) -> list[str]:
+    """What folders are called in a table: their last parts, as many as tell them apart.
+
+    Raises:
+        ValueError: The same path twice.
+
+    >>> distinct_names(["runs/a/best", "runs/b/best", "hub/model"])
+    ['a/best', 'b/best', 'hub/model']
+    >>> distinct_names(["runs/baseline", "runs/comparative"])
+    ['baseline', 'comparative']
+    """
+    parts = [Path(path).resolve().parts if Path(path).exists() else Path(path).parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    repeated = next(str(path) for path, one in zip(paths, parts, strict=True) if parts.count(one) > 1)
+    raise ValueError(f"{repeated} is given twice; give each folder once")
+
+
 class _Parser(HfArgumentParser):
     """Raises instead of printing the two hundred arguments of a Trainer above the one line that matters."""
 
@@ -427,7 +367,7 @@ def _config_arguments(path: Path, fields: Mapping[str, dataclasses.Field], overr
     arguments = []
     for key, value in _read_config(path).items():
         if key not in fields and not (key == "warmup_ratio" and "warmup_steps" in fields):
-            raise ValueError(f"{path}: unknown key {key!r}{_nearest(key, fields)}")
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(key, fields)}")
         if key in overridden:
             logger.warning("%s: %s gives way to the command line", path, key)
         elif value is None:
@@ -483,24 +423,3 @@ def _report(trainer: Trainer, name: str, metrics: Mapping[str, float], dataset: 
     trainer.log_metrics(name, counted)
     trainer.save_metrics(name, counted)
     return counted
-
-
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f" (did you mean {' or '.join(prefix + match for match in near)}?)" if near else ""
-
-
-def _first_line_not_utf8(file: Path) -> int | None:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return None
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error)

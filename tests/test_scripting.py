@@ -181,7 +181,7 @@ def test_every_form_of_file_gives_the_same_rows(tmp_path, suffix):
     ("name", "content", "message"),
     [
         ("a.csv", b"", "is empty"),
-        ("a.csv", b"sentence,label\n", "cannot be read as csv"),
+        ("a.csv", b"sentence,label\n", "holds no rows"),
         ("a.csv", b'sentence\n"open', "cannot be read as csv"),
         ("a.csv", b"\xff\xfe", "cannot be read as csv"),
         ("a.jsonl", b'{"a": 1}\n{"a": ', "cannot be read as jsonl"),
@@ -326,7 +326,7 @@ def test_a_subset_of_nothing_is_refused(asked):
     [
         ([1, 2], "holds int64; expected text"),
         ([["a"], ["b"]], "holds (List|Sequence); expected text"),
-        (["a", None], r"empty in 1 of 2 rows \(first: row 1"),
+        (["a", None], r"has no value in 1 of 2 rows \(first: row 2\)"),
     ],
 )
 def test_columns_that_are_not_text_are_refused(values, message):
