@@ -132,6 +132,8 @@ def _add_curve(commands: argparse._SubParsersAction) -> None:
         help="by default what the first model was made for",
     )
     parser.add_argument("--columns", nargs="+", help="text columns to classify; by default all text columns but label")
+    parser.add_argument("--label_column", default="label", help="column of the labels (default: %(default)s)")
+    parser.add_argument("--label_separator", help="what stands between several classes in one cell")
     parser.add_argument("--names", nargs="+", help="what the models are called; by default their folders' names")
     parser.add_argument("--drops", type=int, default=3, help="K, the most cumulative drops (default: %(default)s)")
     parser.add_argument(

@@ -22,10 +22,11 @@ from transformers.utils import logging as transformers_logging
 
 from cmp_trainer.ablations.crop import SEGMENTS
 from cmp_trainer.arguments import CmpTrainingArguments
-from cmp_trainer.curve_data import TaskData, prepare, task_of
+from cmp_trainer.curve_data import Columns, TaskData, prepare, rows_of, task_of
+from cmp_trainer.data.tables import take_split
 from cmp_trainer.reports.curves import ablation_curve, as_text, measures, plot_curves
 from cmp_trainer.saving.files import written_whole
-from cmp_trainer.scripting import ModelArguments, load_file, load_pretrained, plain_errors, take_split
+from cmp_trainer.scripting import ModelArguments, distinct_names, load_pretrained, plain_errors
 from cmp_trainer.trainer import CmpTrainer
 
 
@@ -49,12 +50,13 @@ def run_curve(options: argparse.Namespace) -> None:
 def _measure(path: str, name: str, options: argparse.Namespace) -> pd.DataFrame:
     model_args = ModelArguments(path)
     config, tokenizer = (load_pretrained(kind, path, model_args) for kind in (AutoConfig, AutoTokenizer))
-    rows = take_split({"data": load_file(Path(options.data), "data")}, "data", [], options.max_samples)
-    task = options.task or task_of(config, rows)
-    data = prepare(task, rows, tokenizer, config, options.columns, options.max_length)
+    task = options.task or task_of(config, Path(options.data))
+    rows = take_split({"data": rows_of(task, Path(options.data))}, "data", [], options.max_samples)
+    model = load_pretrained(getattr(transformers, _architecture(config, path)), path, model_args)
+    columns = Columns(options.columns, options.label_column, options.label_separator)
+    data = prepare(task, rows, tokenizer, model, options.max_length, columns)
     if options.metric is not None and options.metric not in data.metrics:
         raise ValueError(f"--metric {options.metric} is none of this task; it has {', '.join(data.metrics) or 'none'}")
-    model = load_pretrained(getattr(transformers, _architecture(config, path)), path, model_args)
     with tempfile.TemporaryDirectory() as folder:  # which a Trainer wants, and makes
         trainer = CmpTrainer(
             model=model,
@@ -106,8 +108,7 @@ def _check_options(options: argparse.Namespace) -> None:
 def _names(models: Sequence[str], given: Sequence[str] | None) -> Sequence[str]:
     if given is not None and len(given) != len(models):
         raise ValueError(f"--names {' '.join(given)}: {len(given)} names for {len(models)} models; give one for each")
-    names = given or [Path(model).name for model in models]
-    return names if len(set(names)) == len(names) else models
+    return given or distinct_names(models)
 
 
 def _architecture(config: Any, path: str) -> str:

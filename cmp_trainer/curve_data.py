@@ -2,8 +2,7 @@
 
 | task | columns | metrics |
 | --- | --- | --- |
-| text-classification | one or two texts, label (number or class name) | accuracy, Matthews, F1 (two classes) |
-| regression (a model with one label) | the same, label a number | Pearson and Spearman correlation |
+| text-classification | one or two texts, label | see cmp_trainer/data/classification.py |
 | question-answering | question, context, answers {text, answer_start} (SQuAD's form) | exact match, F1, in percent |
 | tokenized | input_ids, attention_mask, labels …, and crop_segments where input can be cropped | none |
 
@@ -13,6 +12,7 @@ the answer of a question is the best span of all its windows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from transformers import DataCollatorWithPadding, EvalPrediction
 
 from cmp_trainer.ablations.crop_collator import CmpCropCollator
 from cmp_trainer.ablations.crop_columns import SEGMENTS
-from cmp_trainer.scripting import check_texts
+from cmp_trainer.data.classification import collator_of, find_labels, text_columns, tokenize
+from cmp_trainer.data.lengths import longest_input
+from cmp_trainer.data.tables import check_texts, load_file
 
 TASKS = ("text-classification", "question-answering", "tokenized")
 STRIDE, LONGEST_ANSWER = 128, 30
@@ -37,13 +39,22 @@ class TaskData:
     metrics: tuple[str, ...] = ()  # what compute_metrics returns
 
 
-def task_of(config: Any, rows: Dataset) -> str:
-    """The task of a model, by its architecture; `tokenized` where the rows are token ids.
+@dataclass(frozen=True)
+class Columns:
+    """Where texts and labels to classify stand. texts None: all text columns but the label's."""
+
+    texts: Sequence[str] | None = None
+    label: str = "label"
+    separator: str | None = None
+
+
+def task_of(config: Any, file: Path) -> str:
+    """The task of a model, by its architecture; `tokenized` where the file's rows are token ids.
 
     Raises:
         ValueError: the architecture is for another task.
     """
-    if "input_ids" in rows.column_names:
+    if "input_ids" in _columns_of(file):
         return "tokenized"
     architecture = (getattr(config, "architectures", None) or ["none"])[0]
     by_suffix = {"ForSequenceClassification": TASKS[0], "ForQuestionAnswering": TASKS[1]}
@@ -56,17 +67,29 @@ def task_of(config: Any, rows: Dataset) -> str:
     )
 
 
+def rows_of(task: str, file: Path) -> Dataset:
+    """The rows of a file: questions in any of SQuAD's forms, or those of a table."""
+    return load_file(file, "data")
+
+
+def _columns_of(file: Path) -> list[str]:
+    try:
+        return load_file(file, "data").column_names
+    except ValueError:  # no table; whether it is SQuAD's nested form, the reader of questions knows
+        return []
+
+
 def prepare(
-    task: str, rows: Dataset, tokenizer: Any, config: Any, columns: Sequence[str] | None, max_length: int
+    task: str, rows: Dataset, tokenizer: Any, model: Any, max_length: int, columns: Columns | None = None
 ) -> TaskData:
-    """Tokenize the rows for the task.
+    """Tokenize the rows for the task; inputs have at most `max_length` tokens, and no more than the model takes.
 
     Raises:
         ValueError: columns or labels that do not fit the task; shows what was found.
     """
-    max_length = _longest(max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    max_length = min(max_length, longest_input(tokenizer, model) or max_length)
     if task == "text-classification":
-        return _classification(rows, tokenizer, config, columns, max_length)
+        return _classification(rows, tokenizer, model, columns or Columns(), max_length)
     if task == "question-answering":
         return _question_answering(rows, tokenizer, max_length)
     _require_columns(rows, ["input_ids"], task)
@@ -74,62 +97,15 @@ def prepare(
     return TaskData(rows, collator)
 
 
-def _longest(asked: int, *limits: int | None) -> int:
-    """The smallest of the lengths; models without a longest input (XLNet, T5) give None or a negative number."""
-    return min(asked, *(limit for limit in limits if limit is not None and limit > 0))
-
-
-def _classification(
-    rows: Dataset, tokenizer: Any, config: Any, columns: Sequence[str] | None, max_length: int
-) -> TaskData:
-    strings = [
-        name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")
-    ]
-    texts = columns or [name for name in strings if name != "label"]
-    _require_columns(rows, [*texts, "label"], "text-classification")
-    if not 1 <= len(texts) <= 2:
-        found = ", ".join(rows.column_names)
-        raise ValueError(
-            f"text-classification takes one or two text columns, not {len(texts)}; name them with --columns (found: "
-            f"{found})"
-        )
-    check_texts(rows, "data", texts)
-    labels = [_label(value, config) for value in rows["label"]]
-    encoded = tokenizer(*(list(rows[name]) for name in texts), truncation=True, max_length=max_length)
-    dataset, collator = Dataset.from_dict({**encoded, "labels": labels}), DataCollatorWithPadding(tokenizer)
-    if config.num_labels == 1:
-        return TaskData(dataset, collator, _correlations, ("pearson", "spearman"))
-    metrics = ("accuracy", "matthews_correlation", *(["f1"] if config.num_labels == 2 else []))
-    return TaskData(dataset, collator, _classification_metrics, metrics)
-
-
-def _label(value: Any, config: Any) -> int | float:
-    if config.num_labels == 1:
-        return float(value)
-    number = config.label2id.get(str(value), value)  # a csv holds names such as "1" as numbers
-    if isinstance(number, str) and number.isdigit():
-        number = int(number)
-    if not isinstance(number, int) or not 0 <= number < config.num_labels:
-        expected = ", ".join(f"{index} ({name})" for index, name in config.id2label.items())
-        raise ValueError(f"label {value!r} is none of the model's: {expected}")
-    return number
-
-
-def _classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    decided, labels = np.asarray(prediction.predictions).argmax(-1), prediction.label_ids
-    metrics = {"accuracy": accuracy_score(labels, decided), "matthews_correlation": matthews_corrcoef(labels, decided)}
-    two_classes = np.asarray(prediction.predictions).shape[-1] == 2
-    return {**metrics, "f1": f1_score(labels, decided)} if two_classes else metrics
-
-
-def _correlations(prediction: EvalPrediction) -> dict[str, float]:
-    from scipy.stats import pearsonr, spearmanr
-
-    scores, labels = np.asarray(prediction.predictions).squeeze(-1), prediction.label_ids
-    coefficients: dict[str, Any] = {"pearson": pearsonr(scores, labels)[0], "spearman": spearmanr(scores, labels)[0]}
-    return {name: float(value) for name, value in coefficients.items()}
+def _classification(rows: Dataset, tokenizer: Any, model: Any, options: Columns, max_length: int) -> TaskData:
+    columns = text_columns(rows, "data", options.texts, options.label)
+    check_texts(rows, "data", columns)
+    labels = find_labels(
+        rows, model.config, split="data", column=options.label, separator=options.separator, trained=False
+    )
+    encoded = labels.encode(rows, "data", options.label)
+    dataset = tokenize(rows, columns, encoded, tokenizer, max_length)
+    return TaskData(dataset, collator_of(tokenizer), labels.metrics, labels.metric_names)
 
 
 def _question_answering(rows: Dataset, tokenizer: Any, max_length: int) -> TaskData:

@@ -174,7 +174,7 @@ def test_right_positions_score_100_percent(tmp_path):
     rows = Dataset.from_list(
         [{"question": "z", "context": context, "answers": {"text": ["k l m a"], "answer_start": [20]}}]
     )
-    data = prepare("question-answering", rows, letter_tokenizer(), BertConfig(**SMALL), None, 32)
+    data = prepare("question-answering", rows, letter_tokenizer(), tiny_bert(), 32)
     starts, ends = (
         torch.nn.functional.one_hot(torch.tensor(data.dataset[name]), 32).float().numpy()
         for name in ("start_positions", "end_positions")
@@ -190,7 +190,7 @@ def test_right_positions_score_100_percent(tmp_path):
     ("change", "message"),
     [
         (["--data", "missing.jsonl"], "missing.jsonl does not exist"),
-        (["--columns", "text"], "needs the column 'text'; the data has sentence, label"),
+        (["--columns", "text"], "data has no column 'text'; found: sentence, label"),
         (["--names", "a"], "1 names for 2 models"),
         (["--task", "question-answering"], "needs the column 'question'"),
         (["--dropout", "2"], "--cmp_dropout 2.0 must be between 0 and 1"),
@@ -213,9 +213,12 @@ def test_a_wrong_command_line_ends_with_one_line(change, message, models, data, 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"sentence": "a", "label": 7}, "label 7 is none of the model's: 0 (bad), 1 (good)"),
-        ({"sentence": "a", "label": [0, 1]}, "label [0, 1] is none of the model's: 0 (bad), 1 (good)"),
-        ({"sentence": None, "label": 1}, "column 'sentence' of data is empty in 1 of 2 rows"),
+        ({"sentence": "a", "label": 7}, "2 of 2 labels of data are not 0 (bad) or 1 (good): 7 (first: row 1)"),
+        (
+            {"sentence": "a", "label": [0, 1]},
+            "labels of data are lists of classes, but the model was made for one class a row",
+        ),
+        ({"sentence": None, "label": 1}, "column 'sentence' of data has no value in 1 of 2 rows (first: row 2)"),
     ],
 )
 def test_a_row_that_the_model_cannot_take_is_refused(row, message, models, tmp_path, capsys):
@@ -246,8 +249,8 @@ def test_the_metrics_that_a_task_names_are_those_it_computes(models, data, tmp_p
     curve(capsys, models[0], "--data", data, "--seeds", "1", "--output", str(tmp_path / "x"), "--metric", "f1")
     measured = list(pd.read_csv(tmp_path / "x.csv").columns[7:])
     rows = Dataset.from_json(data)
-    tokenizer, config = letter_tokenizer(), BertConfig(**SMALL, num_labels=2)
-    assert list(prepare("text-classification", rows, tokenizer, config, None, 32).metrics) == measured
+    data = prepare("text-classification", rows, letter_tokenizer(), tiny_bert(num_labels=2), 32)
+    assert list(data.metrics) == measured
 
 
 def test_what_is_no_model_is_said(data, tmp_path, capsys):

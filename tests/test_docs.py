@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from cmp_trainer import CmpTrainingArguments, cli
+from cmp_trainer.data.classification import TextArguments
 from cmp_trainer.reports.model_card import CITATIONS
 from cmp_trainer.scripting import ModelArguments, parse_arguments
 from tests.helpers import SMALL, letter_tokenizer
@@ -100,9 +101,8 @@ def test_files_and_arguments_of_example_commands_exist():
     for words in commands:
         assert all((ROOT / word).is_file() for word in words if word.startswith(("examples/", "benchmarks/")))
         if words[0] == "examples/glue/run_glue.py":
-            parse_arguments(
-                ModelArguments, GlueArguments, CmpTrainingArguments, argv=[str(ROOT / words[1]), *words[2:]]
-            )
+            kinds = (ModelArguments, GlueArguments, TextArguments, CmpTrainingArguments)
+            parse_arguments(*kinds, argv=[str(ROOT / words[1]), *words[2:]])
 
 
 def test_targets_of_make_exist():

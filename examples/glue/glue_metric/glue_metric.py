@@ -1,4 +1,4 @@
-"""The GLUE metrics as an `evaluate` module that needs no network: scikit-learn and scipy compute them.
+"""The GLUE metrics as an `evaluate` module that needs no network: those of cmp_trainer, by task.
 
 Loaded by its folder, with the task as configuration name:
 
@@ -8,8 +8,9 @@ Loaded by its folder, with the task as configuration name:
 # `evaluate` reads this file's imports line by line to see what must be installed.
 import datasets
 import evaluate
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+import numpy as np
+
+from cmp_trainer.data.classification import METRICS
 
 CITATION = """\
 @inproceedings{wang2019glue,
@@ -19,14 +20,6 @@ CITATION = """\
   year = {2019}
 }
 """
-
-METRICS = {
-    "accuracy": lambda predictions, references: accuracy_score(references, predictions),
-    "f1": lambda predictions, references: f1_score(references, predictions),
-    "matthews_correlation": lambda predictions, references: matthews_corrcoef(references, predictions),
-    "pearson": lambda predictions, references: pearsonr(predictions, references)[0],
-    "spearman": lambda predictions, references: spearmanr(predictions, references)[0],
-}
 
 METRICS_OF_TASK = {
     "cola": ["matthews_correlation"],
@@ -56,4 +49,7 @@ class GlueMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        return {name: float(METRICS[name](predictions, references)) for name in METRICS_OF_TASK[self.config_name]}
+        return {
+            name: METRICS[name](np.asarray(predictions), np.asarray(references))
+            for name in METRICS_OF_TASK[self.config_name]
+        }
