@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.autograd.variable import Variable
 
 from cmp_trainer.ablations.crop import CmpCrop
+from cmp_trainer.ablations.crop_columns import SEGMENTS
 from cmp_trainer.ablations.drop import CmpDrop, in_train_mode, intercepted_dropout
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.boundary import REENTRANT, CannotShare
@@ -37,6 +40,11 @@ from cmp_trainer.losses.shares import CannotCompare, Plan, Replan, Shares, read_
 logger = logging.getLogger(__name__)
 
 _REACHABLE_ATTENTION = (None, "eager", "sdpa")
+NOTHING_TO_REMOVE = (
+    "--cmp_num_crops asked for crops, but no example of the training had a token to remove: crop_segments is 0 "
+    "everywhere, so the cropped variants are the full model. Mark removable text in crop_segments, or leave out "
+    "--cmp_num_crops."
+)
 _SMALL_BUFFER = 2**16  # elements, up to which copying a buffer takes less time than calling for it
 
 
@@ -169,6 +177,38 @@ TRAINER_CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _dropout_switched_off,
     _unknown_processes,
 )
+
+
+def check_croppable_examples(trainer: Any) -> None:
+    """Look through a table of training examples before the first step; other data is judged when training is over.
+
+    Raises:
+        ValueError: crops were asked for, and no example has a token to remove. If some have none, that is logged.
+    """
+    dataset = trainer.train_dataset
+    crops = any(isinstance(ablation, CmpCrop) for ablation in trainer.ablations)
+    if not crops or not isinstance(dataset, Dataset) or SEGMENTS not in dataset.column_names:
+        return
+    croppable = count_croppable(dataset)
+    if not croppable and len(dataset):
+        raise ValueError(NOTHING_TO_REMOVE)
+    if croppable < len(dataset):
+        logger.warning(
+            "%d of %d training examples have no token to remove: their cropped variants are the full input",
+            len(dataset) - croppable,
+            len(dataset),
+        )
+
+
+def count_croppable(dataset: Dataset) -> int:
+    """How many rows have a removable segment."""
+    found = 0
+    table: Any
+    for table in dataset.select_columns([SEGMENTS]).with_format("arrow").iter(1000):
+        rows = table[SEGMENTS].combine_chunks()
+        numbers = np.repeat(np.arange(len(rows)), rows.value_lengths().fill_null(0).to_numpy())
+        found += len(np.unique(numbers[rows.flatten().to_numpy(zero_copy_only=False) > 0]))
+    return found
 
 
 def check_launch(known: int) -> None:
@@ -668,11 +708,7 @@ def check_differed(dropped_nothing: bool, differed: bool) -> None:
 def check_crops_removed(removed: Tensor | None) -> None:
     """Raises a ValueError where crops were asked for and removed nothing in the whole training."""
     if removed is not None and not bool(removed > 0):
-        raise ValueError(
-            "--cmp_num_crops asked for crops, but no example of the training had a token to remove: crop_segments is "
-            "0 everywhere, so the cropped variants were the full model. Mark removable text in crop_segments, or "
-            "leave out --cmp_num_crops."
-        )
+        raise ValueError(NOTHING_TO_REMOVE)
 
 
 # --- helpers ---

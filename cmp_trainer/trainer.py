@@ -123,6 +123,7 @@ class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
         if not self.num_ablations and self.hp_search_backend is None:
             logger.warning("comparative loss is off (--cmp_num_ablations 0): training as the plain Trainer does.")
         self._step = None
+        checks.check_croppable_examples(self)
         with says_what_is_saved(self), shadowed(self, training_step=self._outermost_training_step):
             output = super().train(*args, **kwargs)
         if self.num_ablations and self._step is not None:

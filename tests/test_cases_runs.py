@@ -1,5 +1,7 @@
 """What changes during a run, and batches that are not only rows: each case was met in a script of somebody's."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -195,9 +197,23 @@ def test_that_the_full_model_differs_from_the_eval_model_is_said_with_where_it_b
 def test_crops_that_remove_nothing_in_a_whole_training_end_in_an_error(tmp_path):
     data = token_data()
     data = data.add_column("crop_segments", [[0] * 8] * len(data))
-    trainer = cmp_trainer(tmp_path, data=data, cmp_num_ablations=2, cmp_num_crops=1)
-    with pytest.raises(ValueError, match="no example of the training had a token to remove"):
+    for rows, steps in ((data, 0), (list(data), 2)):  # a table is looked through before the first step
+        trainer = cmp_trainer(tmp_path, data=rows, cmp_num_ablations=2, cmp_num_crops=1, max_steps=2)
+        with pytest.raises(ValueError, match="no example of the training had a token to remove"):
+            trainer.train()
+        assert trainer.state.global_step == steps
+
+
+def test_examples_without_anything_to_crop_are_counted(tmp_path, caplog):
+    data = token_data()
+    segments = [[0] * 8 if row % 4 else [0, 1, 1, 2, 2, 2, 0, 0] for row in range(len(data))]
+    trainer = cmp_trainer(
+        tmp_path, data=data.add_column("crop_segments", segments), cmp_num_ablations=1, cmp_num_crops=1, max_steps=1
+    )
+    with caplog.at_level(logging.WARNING):
         trainer.train()
+    without = sum(not any(row) for row in segments)
+    assert f"{without} of {len(data)} training examples have no token to remove" in caplog.text
 
 
 def test_an_image_batch_is_not_taken_for_a_few_tokens():

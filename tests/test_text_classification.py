@@ -173,7 +173,7 @@ def test_empty_texts_are_counted(classify, tmp_path, caplog):
 
 def test_the_config_of_the_hub_is_one_of_the_script():
     config = str(Path(__file__).parents[1] / "examples" / "text_classification" / "trec.yaml")
-    model, data, text, args = parse_arguments(
+    _, data, text, args = parse_arguments(
         ModelArguments, TableArguments, TextArguments, CmpTrainingArguments, argv=[config]
     )
     assert (data.text_columns, data.label_column, text.max_seq_length) == (["text"], "coarse_label", 64)
