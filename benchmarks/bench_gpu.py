@@ -8,6 +8,7 @@ weights are random. `--tiny --device cpu` tries the script where there is no GPU
 """
 
 import argparse
+import gc
 import random
 import statistics
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from contenders import r_drop
 from torch import Tensor
 from tqdm import tqdm
@@ -79,13 +81,18 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
-    print("| model | contender | ms / step | of plain, median (quartiles) | peak, MB |\n" + "| --- " * 5 + "|")
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    print(f"{card}; torch {torch.__version__}, transformers {transformers.__version__}; {args.rounds} rounds\n")
+    print(
+        "| model | contender | ms / step | of plain, median (quartiles) | peak, MB |\n" + "| --- " * 5 + "|",
+        flush=True,
+    )
     for name in args.models:
         torch.manual_seed(0)
         model, batch = MODELS[name](args.tiny)
         batch = {key: value.to(device) for key, value in batch.items()}
         for row in measure(contenders(name, model.to(device).train()), model, batch, device, args.rounds):
-            print(f"| {name} | {row}")
+            print(f"| {name} | {row}", flush=True)
 
 
 def measure(
@@ -108,6 +115,7 @@ def measure(
     peak: dict[str, float] = {}
     for contender in steps:
         run(contender)  # checks, and choices of kernels
+        gc.collect()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         run(contender)

@@ -47,6 +47,14 @@ RATE_ARGUMENT = {
     F.multi_head_attention_forward: (10, "dropout_p"),
 }
 RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# The functions of torch.backends.cuda that call these cannot be compiled.
+_OF_ANY_RATE = (
+    (SDPBackend.FLASH_ATTENTION, torch._C._get_flash_sdp_enabled),
+    (SDPBackend.EFFICIENT_ATTENTION, torch._C._get_mem_efficient_sdp_enabled),
+    (SDPBackend.MATH, torch._C._get_math_sdp_enabled),
+)
+_NONE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -116,17 +124,19 @@ class CmpDrop(Ablation):
     def _drop(self, level: int, site: "Site", func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         rate = self.rate(site.own_rate(args, kwargs), level)
         args, kwargs = site.with_rate(rate, args, kwargs)
-        with any_rate(func, rate, args):
+        with any_rate(func, rate, args, kwargs):
             return func(*args, **kwargs)
 
 
-def any_rate(func: Callable, rate: float, args: tuple) -> AbstractContextManager:
+def any_rate(func: Callable, rate: float, args: tuple, kwargs: Mapping[str, Any] = _NONE) -> AbstractContextManager:
     """Context in which attention runs in a kernel that takes any rate. cuDNN's takes multiples of 1/16, so one variant
-    could run in it and the next one in another, whose masks are not nested in its own."""
-    query = args[0] if args else None
-    if func is not F.scaled_dot_product_attention or not rate or query is None or not query.is_cuda:
+    could run in it and the next one in another, whose masks are not nested in its own. Of the others, those that are
+    turned off stay off; where cuDNN's alone is on, it is left alone."""
+    query = args[0] if args else kwargs.get("query")
+    if func not in _ATTENTION or not rate or query is None or not query.is_cuda:
         return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    kernels = [kernel for kernel, is_on in _OF_ANY_RATE if is_on()]
+    return sdpa_kernel(kernels) if kernels else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,7 @@ def intercepted_dropout(drop: Callable[[Site, Callable, tuple, dict[str, Any]], 
 
 def in_train_mode(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether a dropout call would drop at a positive rate; attention functions take no such argument."""
-    if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward, *RECURRENT):
+    if func in (*_ATTENTION, *RECURRENT):
         return True
     training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
     return bool(training)

@@ -78,9 +78,10 @@ class Ablated:
             stack.enter_context(recompute_inside(self))
             intercept = Intercept(self.handlers, self.others)
             if self.boundary is not None:
+                lower, upper = self._below, self.handlers  # `self` would make a cycle, which holds the lower layers
 
                 def switch(below: bool) -> None:
-                    intercept.handlers = self._below if below else self.handlers
+                    intercept.handlers = lower if below else upper
 
                 self._walk = stack.enter_context(Walk(self.boundary, self.lower, self._devices, switch, place))
             stack.enter_context(intercept)

@@ -79,7 +79,7 @@ class StackedDrop(Ablation):
                 tuple(values[group] for values in group_args),
                 {key: values[group] for key, values in group_kwargs.items()},
             )
-            with any_rate(func, rate, ours):
+            with any_rate(func, rate, ours, ours_by_name):
                 outputs.append(func(*ours, **ours_by_name))
         return torch.cat(outputs)
 

@@ -129,7 +129,12 @@ class Reductions:
         self.only = only
         self._calls: Counter[tuple[str, str]] = Counter()
         self._scalars: dict[int, Tensor] = {}
-        self.handlers: dict[Callable, Handler] = {
+
+    @property
+    def handlers(self) -> dict[Callable, Handler]:
+        """By function. Not kept here: they refer to this object, which would hold its graph until Python looks for
+        cycles."""
+        return {
             **dict.fromkeys(_LOSSES, self._loss),
             **dict.fromkeys((*_MEANS, *_SUMS), self._mean_or_sum),
             example_mean: self._declared,

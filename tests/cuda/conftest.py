@@ -18,8 +18,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def float32_without_shortcuts():
-    """torch.compile lets the Trainer turn TF32 on for the whole process."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """torch.compile lets the Trainer turn TF32 on for the whole process, by the newer of PyTorch's two ways to say so;
+    where they contradict each other, reading one is an error."""
+    _set_tf32(matmul=False, cudnn=False)
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    _set_tf32(matmul=False, cudnn=True)  # PyTorch's defaults
+
+
+def _set_tf32(matmul, cudnn):
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

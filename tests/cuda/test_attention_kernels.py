@@ -19,12 +19,13 @@ from tests.cuda.steps import DEVICE
 DROPS = 3
 LENGTH = 64
 SHAPE = (2, 4, LENGTH, LENGTH)  # batch, heads, positions, size of a head
-KERNELS = [
-    SDPBackend.MATH,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-]
+# With what PyTorch's profiler calls them.
+KERNELS = {
+    SDPBackend.MATH: "aten::_scaled_dot_product_attention_math",
+    SDPBackend.EFFICIENT_ATTENTION: "aten::_scaled_dot_product_efficient_attention",
+    SDPBackend.FLASH_ATTENTION: "aten::_scaled_dot_product_flash_attention",
+    SDPBackend.CUDNN_ATTENTION: "aten::_scaled_dot_product_cudnn_attention",
+}
 ROUNDING = {SDPBackend.CUDNN_ATTENTION: 1 / 16}  # of a rate
 # Newer versions of PyTorch leave rates that are no multiples of 1/16 to other kernels than cuDNN's.
 RATES = {"compound": CmpDrop(base_rate=0.3), "sixteenths": CmpDrop(rates=(4 / 16, 7 / 16, 11 / 16))}
@@ -66,6 +67,13 @@ def assert_nested(dropped, kept, drop, rounding=0.0):
         assert float(mask.sum() / kept.sum()) == pytest.approx(drop.rate(0.3, drops), abs=rounding + 0.02)
 
 
+def kernels_used(run):
+    """The kernels of attention that were called in `run()`, by the names of PyTorch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    return {event.key for event in profiled.key_averages() if event.key.startswith("aten::_scaled_dot_product_")}
+
+
 @pytest.mark.parametrize("drop", RATES.values(), ids=RATES)
 @every_mask
 @every_type
@@ -75,21 +83,18 @@ def test_masks_are_nested_in_every_kernel_of_attention(kernel, dtype, mask, drop
     dropped = []
     with sdpa_kernel(kernel):
         for drops in range(1 + DROPS):
+
+            def run(drops=drops):
+                dropped.append((attention_weights(drop, drops, dtype, arguments) == 0) & kept)
+
             try:
-                weights = attention_weights(drop, drops, dtype, arguments)
+                used = kernels_used(run)
             except RuntimeError as error:
                 if kernel is SDPBackend.MATH or not any(reason in str(error) for reason in NO_KERNEL.split("|")):
                     raise
                 pytest.skip(f"{kernel.name} does not take this")
-            dropped.append((weights == 0) & kept)
+            assert used == {KERNELS[kernel]}
     assert_nested(dropped, kept, drop, ROUNDING.get(kernel, 0.0))
-
-
-def kernels_used(run):
-    """The kernels of attention that were called in `run()`, by the names of PyTorch's profiler."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        run()
-    return {event.key for event in profiled.key_averages() if event.key.startswith("aten::_scaled_dot_product_")}
 
 
 # At a rate of 1/4, one drop and two make multiples of 1/16, which cuDNN takes, and three do not.

@@ -1,6 +1,8 @@
 """Steps on a GPU in float32: the full variant is the eval model, a step draws as one forward does, and stacked, low
 memory, checkpointed and compiled steps have the gradients of sequential ones. All or the top layers are ablated."""
 
+import gc
+
 import pytest
 import torch
 
@@ -105,6 +107,27 @@ def test_a_step_with_gradient_checkpointing_has_the_gradients_without_it(executi
     expected = step_of(model, layers, **EXECUTIONS[execution])
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(step_of(model, layers, **EXECUTIONS[execution]), expected)
+
+
+@all_or_top_layers
+@every_execution
+def test_the_memory_of_a_step_is_free_before_python_looks_for_cycles(execution, layers):
+    model, inputs = bert(), batch()
+    model(**inputs).loss.backward()
+    model.zero_grad()
+    step = ComparativeStep(model, [CmpDrop()] * 2, ablated_layers=layers, **EXECUTIONS[execution])
+    gc.collect()
+    gc.disable()
+    try:
+        before, after = torch.cuda.memory_allocated(), []
+        for _ in range(4):  # the first one makes the checks
+            step(inputs).backward()
+            model.zero_grad()
+            after.append(torch.cuda.memory_allocated() - before)
+    finally:
+        gc.enable()
+    assert after[0] < 8 * 1024  # sums for the log, and the like
+    assert after[1] == after[3]
 
 
 @all_or_top_layers
