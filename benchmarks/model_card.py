@@ -23,7 +23,7 @@ from cmp_trainer.reports.model_card import CURVE_IMAGE
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "examples" / "glue"))
-from run_glue import metrics_of  # noqa: E402
+from run_glue import TASKS, labels_of_task, metrics_of  # noqa: E402
 
 CLASSES = {0: "unacceptable", 1: "acceptable"}
 SETTINGS: dict[str, Any] = {
@@ -94,7 +94,7 @@ def trained(options: argparse.Namespace, name: str, ablations: int) -> CmpTraine
         eval_dataset=data["validation"],
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=metrics_of("cola"),
+        compute_metrics=metrics_of("cola", labels_of_task(TASKS["cola"], model.config)),
     )
     trainer.train()
     trainer.save_model()

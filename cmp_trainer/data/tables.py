@@ -47,7 +47,7 @@ def load_file(file: Path, split: str) -> Dataset:
         raise ValueError(f"--{split}_file {file} is empty")
     reader, options = READERS[file.suffix]
     if reader == "json" and starts_with_byte_order_mark(file):
-        options = {"encoding": "utf-8-sig"}
+        options = {**options, "encoding": "utf-8-sig"}
     try:
         dataset = datasets.load_dataset(reader, data_files={split: glob.escape(str(file))}, split=split, **options)
         assert isinstance(dataset, Dataset)
