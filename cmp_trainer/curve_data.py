@@ -6,11 +6,13 @@
 | question-answering | question, context, answers {text, answer_start} (SQuAD's form) | exact match, F1, in percent |
 | tokenized | input_ids, attention_mask, labels …, and crop_segments where input can be cropped | none |
 
-Long contexts of question answering are cut into overlapping windows; each window is an example with a loss of its own,
-the answer of a question is the best span of all its windows.
+Questions are read, cut into windows, answered and scored as examples/squad/run_squad.py does it with its defaults, so
+both give the same numbers. Each window is an example with a loss of its own; the answer of a question is the best span
+of all its windows. Below 384 tokens windows share at most a third of their length, and a question takes at most a
+quarter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,16 @@ from transformers import DataCollatorWithPadding, EvalPrediction
 
 from cmp_trainer.ablations.crop_collator import CmpCropCollator
 from cmp_trainer.ablations.crop_columns import SEGMENTS
+from cmp_trainer.data.answer_batches import AnswerCollator, padding_multiple
+from cmp_trainer.data.answer_metrics import squad_metrics
+from cmp_trainer.data.answers import AnswerSettings, read_answers
 from cmp_trainer.data.classification import collator_of, find_labels, text_columns, tokenize
 from cmp_trainer.data.lengths import longest_input
+from cmp_trainer.data.questions import read_questions, to_questions
 from cmp_trainer.data.tables import check_texts, load_file
+from cmp_trainer.data.windows import WindowSettings, evaluation_windows
 
 TASKS = ("text-classification", "question-answering", "tokenized")
-STRIDE, LONGEST_ANSWER = 128, 30
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def task_of(config: Any, file: Path) -> str:
 
 def rows_of(task: str, file: Path) -> Dataset:
     """The rows of a file: questions in any of SQuAD's forms, or those of a table."""
-    return load_file(file, "data")
+    return read_questions(file) if task == "question-answering" else load_file(file, "data")
 
 
 def _columns_of(file: Path) -> list[str]:
@@ -109,76 +115,21 @@ def _classification(rows: Dataset, tokenizer: Any, model: Any, options: Columns,
 
 
 def _question_answering(rows: Dataset, tokenizer: Any, max_length: int) -> TaskData:
-    _require_columns(rows, ["question", "context", "answers"], "question-answering")
-    check_texts(rows, "data", ["question", "context"])
-    questions, contexts = list(rows["question"]), list(rows["context"])
-    encoded = tokenizer(
-        questions,
-        contexts,
-        truncation="only_second",
-        max_length=max_length,
-        stride=min(STRIDE, max_length // 4),
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
-    samples, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
-    # (start, end) in the context of each token; None outside of it
-    spans = [
-        [offset if part == 1 else None for offset, part in zip(window, encoded.sequence_ids(row), strict=True)]
-        for row, window in enumerate(offsets)
-    ]
-    answers = list(rows["answers"])
-    positions = [_answer_positions(window, answers[sample]) for window, sample in zip(spans, samples, strict=True)]
-    dataset = Dataset.from_dict(
-        {**encoded, "start_positions": [p[0] for p in positions], "end_positions": [p[1] for p in positions]}
-    )
+    """What run_squad evaluates, with its defaults; questions may be unanswerable where any of them is."""
+    questions = to_questions(rows, "data")
+    windows, report = evaluation_windows(questions, tokenizer, WindowSettings.of_length(max_length))
+    report.log("data")
+    right = [answers["text"] for answers in questions["answers"][:]]
+    settings = AnswerSettings(unanswerable=not all(right))
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits: Any = prediction.predictions
-        starts, ends = logits[:2]
-        best: dict[int, tuple[float, str]] = {}
-        for sample, window, start, end in zip(samples, spans, starts, ends, strict=True):
-            score, text = _best_span(window, start, end, contexts[sample])
-            best[sample] = max(best.get(sample, (-np.inf, "")), (score, text))
-        return _squad_scores([best[sample][1] for sample in range(len(rows))], answers)
+        answers = read_answers(questions, windows, np.asarray(logits[0]), np.asarray(logits[1]), settings, False)
+        scores = squad_metrics(list(answers.predictions.values()), right)
+        return {name: scores[name] for name in ("exact_match", "f1")}
 
-    return TaskData(dataset, DataCollatorWithPadding(tokenizer), compute_metrics, ("exact_match", "f1"))
-
-
-def _answer_positions(window: Sequence[tuple[int, int] | None], answers: Mapping[str, Any]) -> tuple[int, int]:
-    """First and last token of the first answer; (0, 0) where the window does not hold it whole."""
-    if not answers["text"]:
-        return 0, 0
-    begin = answers["answer_start"][0]
-    end = begin + len(answers["text"][0])
-    inside = [token for token, span in enumerate(window) if span and span[0] < end and span[1] > begin]
-    tokens = [token for token, span in enumerate(window) if span]
-    whole = inside and window[tokens[0]][0] <= begin and window[tokens[-1]][1] >= end  # pyright: ignore[reportOptionalSubscript]
-    return (inside[0], inside[-1]) if whole else (0, 0)
-
-
-def _best_span(
-    window: Sequence[tuple[int, int] | None], start: np.ndarray, end: np.ndarray, context: str
-) -> tuple[float, str]:
-    """Score and text of the best span of context tokens, at most LONGEST_ANSWER long."""
-    tokens = np.array([token for token, span in enumerate(window) if span])
-    scores = start[tokens][:, None] + end[tokens][None, :]  # (context tokens, context tokens)
-    allowed = np.triu(np.ones_like(scores, dtype=bool)) & ~np.triu(np.ones_like(scores, dtype=bool), LONGEST_ANSWER)
-    first, last = np.unravel_index(np.where(allowed, scores, -np.inf).argmax(), scores.shape)
-    begin, stop = window[tokens[first]], window[tokens[last]]
-    assert begin is not None and stop is not None
-    return float(scores[first, last]), context[begin[0] : stop[1]]
-
-
-def _squad_scores(predictions: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    from torchmetrics.functional.text import squad
-
-    predicted = [{"id": str(number), "prediction_text": text} for number, text in enumerate(predictions)]
-    targets = [
-        {"id": str(number), "answers": {"text": list(one["text"]) or [""], "answer_start": [0]}}
-        for number, one in enumerate(answers)
-    ]
-    return {name: float(value) for name, value in squad(predicted, targets).items()}
+    collator = AnswerCollator(tokenizer, padding_multiple(max_length))
+    return TaskData(windows, collator, compute_metrics, ("exact_match", "f1"))
 
 
 def _require_columns(rows: Dataset, columns: Sequence[str], task: str) -> None:

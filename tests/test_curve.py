@@ -192,7 +192,7 @@ def test_right_positions_score_100_percent(tmp_path):
         (["--data", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--columns", "text"], "data has no column 'text'; found: sentence, label"),
         (["--names", "a"], "1 names for 2 models"),
-        (["--task", "question-answering"], "needs the column 'question'"),
+        (["--task", "question-answering"], "has no text as question and context; it has id, label, sentence"),
         (["--dropout", "2"], "--cmp_dropout 2.0 must be between 0 and 1"),
         (["--seeds", "0"], "--seeds 0: expected 1 or more"),
         (["--batch_size", "0"], "--batch_size 0: expected 1 or more"),

@@ -127,6 +127,17 @@ def test_a_run_is_written_as_it_is_read(tmp_path):
     assert read_run(tmp_path / "run.trec") == run
 
 
+def test_a_byte_order_mark_hides_no_document_judgement_or_query(tmp_path):
+    (tmp_path / "run.trec").write_bytes("q Q0 a 1 0.9 t\nq Q0 b 2 0.5 t\n".encode("utf-8-sig"))
+    assert read_run(tmp_path / "run.trec") == {"q": [("a", 0.9), ("b", 0.5)]}
+    (tmp_path / "qrels.tsv").write_bytes("q\ta\t1\n".encode("utf-8-sig"))
+    assert read_qrels(tmp_path / "qrels.tsv") == {"q": {"a": 1}}
+    name = write_folder(tmp_path / "x", {"a": "text"}, {"q": "what?"}, [("q", "a", 1)])
+    for file in Path(name).glob("*.*"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_collection(name).qrels == {"q": {"a": 1}}
+
+
 def test_a_run_out_of_order_is_sorted_and_reported(tmp_path, caplog):
     (tmp_path / "run.trec").write_text("q Q0 b 2 0.5 t\nq Q0 a 1 0.9 t\n")
     assert read_run(tmp_path / "run.trec") == {"q": [("a", 0.9), ("b", 0.5)]}
@@ -141,6 +152,7 @@ def test_a_run_out_of_order_is_sorted_and_reported(tmp_path, caplog):
         ("q Q0 a 1 0.5 t\nq Q0 b 2 0.9 t\n", "ranks and scores disagree"),
         ("q Q0 a 1 0.5\n", "line 1: 5 fields, expected 6"),
         ("q Q0 a first 0.5 t\n", "line 1: rank 'first'"),
+        ("q Q0 a 1 0.5 t\nq Q0 b 2 nan t\n", "line 2: the score is nan"),
     ],
 )
 def test_a_run_with_two_meanings_is_refused(tmp_path, lines, message):

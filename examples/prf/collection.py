@@ -158,7 +158,7 @@ def read_qrels(path: Path) -> Qrels:
     """Judgements from BEIR's three columns (query, document, score, with a header) or TREC's four (query 0 document
     score). Raises ValueError with the line for anything else, and for a pair judged twice differently."""
     qrels: Qrels = {}
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         for number, fields in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
             if not fields or (number == 1 and fields[-1] == "score"):
                 continue
@@ -214,7 +214,7 @@ def batches(dataset: Dataset, size: int = 10_000) -> Iterator[Iterator[tuple[int
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cmp_trainer.scripting import plain_errors
+from cmp_trainer.scripting import distinct_names, plain_errors
 
 with plain_errors():
     import matplotlib
@@ -27,7 +27,7 @@ MEASURE = "nDCG@10"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folders", nargs="+", type=Path, help="output folders of run_prf.py; their names are the labels"
+        "folders", nargs="+", type=Path, help="output folders of run_prf.py; the ends of their paths are the labels"
     )
     parser.add_argument("--collection", help="by default the first one of the first folder")
     parser.add_argument(
@@ -35,7 +35,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="the plot, a .png; the table goes to standard output")
     arguments = parser.parse_args()
-    found = {folder.name: load_results(folder / "evaluation.json")[0] for folder in arguments.folders}
+    names = distinct_names(arguments.folders)
+    found = {
+        name: load_results(folder / "evaluation.json")[0]
+        for name, folder in zip(names, arguments.folders, strict=True)
+    }
     collection = arguments.collection or next(iter(next(iter(found.values()))))
     results = {name: of_run[collection] for name, of_run in found.items()}
     print(comparison_table(results, arguments.measure))

@@ -8,6 +8,7 @@ Lines out of order are sorted, and that is reported.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def read_run(path: str | Path) -> Run:
         raise ValueError(f"the run {path} does not exist")
     entries: dict[str, list[tuple[int, str, float]]] = {}
     disordered = 0
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -54,11 +55,14 @@ def parse_line(line: str, path: str | Path, number: int) -> tuple[str, str, int,
             f"{line.strip()!r}"
         )
     try:
-        return fields[0], fields[2], int(fields[3]), float(fields[4])
+        rank, score = int(fields[3]), float(fields[4])
     except ValueError:
         raise ValueError(
             f"{path}, line {number}: rank {fields[3]!r} and score {fields[4]!r} must be numbers (rank a whole one)"
         ) from None
+    if not math.isfinite(score):
+        raise ValueError(f"{path}, line {number}: the score is {fields[4]}, by which nothing can be ranked")
+    return fields[0], fields[2], rank, score
 
 
 def in_rank_order(ranked: list[tuple[int, str, float]], query: str, path: str | Path) -> list[tuple[str, float]]:

@@ -1,8 +1,8 @@
 """A trainer for extractive question answering, and an example of a trainer of your own with comparative loss.
 
-Derive it from `CmpTrainer`, alone or beside a subclass of `Trainer`, and whatever you override works as without it.
-Here that is the evaluation: EM and F1 need all windows of a question together, and columns that the model does not
-take, so they cannot be computed from a batch, nor by `compute_metrics`, which only sees logits and labels.
+Derive it from `CmpTrainer`, alone or beside a subclass of `Trainer`; whatever you override works as it does without
+comparative loss. Here that is the evaluation: EM and F1 need all windows of a question together, also of questions
+without labels, so neither a batch nor `compute_metrics`, which needs labels, is enough.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from cmp_trainer import CmpTrainer
+from cmp_trainer.data.answer_batches import loss_of_all
 
 Scorer = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
@@ -52,6 +53,11 @@ class QuestionAnsweringTrainer(CmpTrainer):
         scores = self.scorers[metric_key_prefix](np.asarray(start_logits), np.asarray(end_logits))
         metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{name}": s for name, s in scores.items()}}
         return output._replace(metrics=metrics)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """The Trainer's, without labels, which no metric needs, and with a loss in every process or in none."""
+        loss, logits, _ = super().prediction_step(*args, **kwargs)
+        return loss_of_all(loss, self.accelerator), logits, None
 
 
 def _start_and_end(logits: tuple, labels: Any) -> tuple:

@@ -4,12 +4,13 @@
     python run_squad.py configs/bert_base_comparative.yaml --output_dir out \\
         --train_file train.json --validation_file dev.json --version_2_with_negative true
 
-Here is what is particular to SQuAD: its data (squad_data, squad_windows), how logits become answers (squad_answers),
-its metrics (squad_metrics) and the trainer that scores with them (qa_trainer).
+Questions, windows, answers and metrics are the package's (cmp_trainer/data), which `cmp-trainer curve` shares. This
+script adds arguments, the files that are written and a trainer that scores answers (qa_trainer).
 """
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +18,15 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from qa_trainer import QuestionAnsweringTrainer, Scorer
-from squad_answers import Answers, AnswerSettings, read_answers
-from squad_data import check_columns, check_ids, read_squad_file
-from squad_windows import WindowSettings, evaluation_windows, training_windows
-from transformers import (
-    AutoModelForQuestionAnswering,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 from cmp_trainer import CmpTrainingArguments
+from cmp_trainer.data.answer_batches import POSITIONS, AnswerCollator, padding_multiple
+from cmp_trainer.data.answer_metrics import squad_metrics, squad_v2_metrics
+from cmp_trainer.data.answers import Answers, AnswerSettings, read_answers
+from cmp_trainer.data.lengths import check_length
+from cmp_trainer.data.questions import read_questions, to_questions
+from cmp_trainer.data.windows import WindowSettings, evaluation_windows, training_windows
 from cmp_trainer.scripting import (
     DataArguments,
     ModelArguments,
@@ -41,14 +40,14 @@ from cmp_trainer.scripting import (
 )
 
 with plain_errors():
-    from squad_metrics import squad_metrics, squad_v2_metrics
+    import torchmetrics as torchmetrics  # what scores answers: missed now, not after the training
 
 logger = logging.getLogger("cmp_trainer.examples.squad")
 
 
 @dataclass
 class SquadArguments(DataArguments):
-    """SQuAD's data, windows and answers. Files are SQuAD's nested JSON, flat JSON, or JSON lines."""
+    """SQuAD's data, windows and answers. Files are csv, tsv, parquet, JSON lines, flat JSON or SQuAD's nested JSON."""
 
     dataset_name: str | None = field(
         default="rajpurkar/squad", metadata={"help": "Dataset on the Hub: rajpurkar/squad or rajpurkar/squad_v2"}
@@ -70,13 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(ModelArguments, SquadArguments, CmpTrainingArguments, argv=argv)
     set_up(args)
     tokenizer = load_pretrained(AutoTokenizer, model_args.tokenizer_name or model_args.model_name_or_path, model_args)
-    # labels and offsets count from the left, so padding must come last
-    tokenizer.padding_side = "right"
     model = load_pretrained(AutoModelForQuestionAnswering, model_args.model_name_or_path, model_args)
+    check_length("--max_seq_length", data_args.max_seq_length, tokenizer, model)
 
-    splits = read_splits(data_args)
     train_dataset, evaluation, scorers = None, {}, {}
     with args.main_process_first(desc="windows"):
+        splits = read_splits(data_args)
         if args.do_train:
             examples = questions_of(splits, "train", data_args, data_args.max_train_samples)
             train_dataset = make_windows(examples, tokenizer, data_args, "train")
@@ -96,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset=train_dataset,
         eval_dataset=evaluation.get("eval"),
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8),
+        data_collator=AnswerCollator(tokenizer, padding_multiple(data_args.max_seq_length)),
         scorers=scorers,
     )
     run(
@@ -109,21 +107,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_splits(data_args: SquadArguments) -> dict[str, Dataset]:
     """The splits, from the files where any is given, else from the Hub. Only a test file may go without answers."""
-    files = {name: getattr(data_args, f"{name}_file") for name in ("train", "validation", "test")}
-    if any(files.values()):
-        return {name: read_squad_file(file, name != "test") for name, file in files.items() if file is not None}
-    splits = load_splits(data_args)
-    for name, dataset in splits.items():
-        check_columns(dataset, f"{data_args.dataset_name}, {name}")
-        check_ids(dataset, f"{data_args.dataset_name}, {name}")
-    return splits
+    if files := data_args.files():
+        return {split: read_questions(file, split != "test", split) for split, file in files.items()}
+    return {
+        split: to_questions(rows, f"{data_args.dataset_name}, {split}", split != "test")
+        for split, rows in load_splits(data_args).items()
+    }
 
 
 def questions_of(
     splits: dict[str, Dataset], split: str, data_args: SquadArguments, max_samples: int | None
 ) -> Dataset:
     """The questions of a split; refused where some have no answer and that was not asked for."""
-    examples = take_split(splits, split, ["id", "question", "context", "answers"], max_samples)
+    examples = take_split(splits, split, [], max_samples)
     without = sum(not answers["text"] for answers in examples["answers"][:])
     if without and not data_args.version_2_with_negative and not (split == "test" and without == len(examples)):
         raise ValueError(
@@ -136,16 +132,12 @@ def questions_of(
 def make_windows(
     examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: SquadArguments, prefix: str
 ) -> Dataset:
-    """The windows of some questions; what is cut, left out or cannot be learnt is counted in the log."""
-    if data_args.max_seq_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"--max_seq_length {data_args.max_seq_length} is more than the model takes: {tokenizer.model_max_length}"
-        )
+    """The windows of some questions, unlabelled if a test set has no answers; what is cut or lost is in the log."""
     settings = WindowSettings(data_args.max_seq_length, data_args.doc_stride, data_args.max_question_length)
     make = training_windows if prefix == "train" else evaluation_windows
     windows, report = make(examples, tokenizer, settings, data_args.preprocessing_num_workers)
     report.log(prefix)
-    return windows
+    return windows.remove_columns(list(POSITIONS)) if prefix == "test" and not _has_answers(examples) else windows
 
 
 def make_scorer(
@@ -180,11 +172,17 @@ def make_scorer(
 def write_answers(answers: Answers, folder: Path, prefix: str) -> None:
     """predictions.json, nbest_predictions.json and, with unanswerable questions, null_odds.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {"predictions": answers.predictions, "nbest_predictions": answers.nbest, "null_odds": answers.null_odds}
+    # JSON has no infinity, which is the null odds of an empty context
+    odds = {key: min(value, sys.float_info.max) for key, value in answers.null_odds.items()}
+    contents = {"predictions": answers.predictions, "nbest_predictions": answers.nbest, "null_odds": odds}
     for name, content in contents.items():
         if content:
             path = folder / f"{prefix}_{name}.json"
             path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _has_answers(examples: Dataset) -> bool:
+    return any(answers["text"] for answers in examples["answers"][:])
 
 
 if __name__ == "__main__":

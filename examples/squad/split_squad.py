@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args()
-    articles = json.loads(arguments.file.read_text(encoding="utf-8"))["data"]
+    articles = json.loads(arguments.file.read_text(encoding="utf-8-sig"))["data"]
     sides = split_by_paragraph(articles, arguments.test_share, arguments.seed)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for name, side in zip(("train", "test"), sides, strict=True):

@@ -1,27 +1,28 @@
 """Sliding windows: a question with a context longer than the model's input becomes several inputs.
 
-Each window is `question, part of the context`; neighbouring windows share `doc_stride` tokens, so that an answer no
-longer than that stands whole in at least one of them. A window that holds the whole answer is labelled with the
-answer's first and last token, any other with the null position (the [CLS] token), which also is the label of an
-unanswerable question.
+`cmp-trainer curve` and the example scripts cut contexts here, so both evaluate the same inputs. Each window is
+`question, part of the context`; neighbouring windows share `doc_stride` tokens, so an answer no longer than that is
+whole in at least one of them. A window that holds the whole answer is labelled with the answer's first and last token,
+any other with the null position (the [CLS] token), which also is the label of an unanswerable question.
 
-Character offsets are Python's: code points of the original text. Accents, combining characters and emoji are what
-moves them between programs, so an answer is only believed where its text stands at its `answer_start`.
+Character offsets are Python's: code points of the original text. Programs disagree about accents, combining characters
+and emoji, so an answer is only trusted if its text stands at its `answer_start`.
 """
 
 import logging
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger("cmp_trainer.examples.squad")
+logger = logging.getLogger(__name__)
 
-# A label past every window: the model's loss, and the per-example loss, leave such a label out.
+# A label past every window: the model's loss, and the loss of each example, leave it out.
 NO_LABEL = 2**20
 
 
@@ -39,6 +40,17 @@ class WindowSettings:
     doc_stride: int = 128
     max_question_length: int = 64
 
+    @classmethod
+    def of_length(cls, max_seq_length: int) -> "WindowSettings":
+        """The defaults, and for inputs shorter than theirs less: a third to share, a quarter for the question.
+
+        >>> WindowSettings.of_length(512), WindowSettings.of_length(96)  # doctest: +NORMALIZE_WHITESPACE
+        (WindowSettings(max_seq_length=512, doc_stride=128, max_question_length=64),
+         WindowSettings(max_seq_length=96, doc_stride=32, max_question_length=24))
+        """
+        stride, question = min(cls.doc_stride, max_seq_length // 3), min(cls.max_question_length, max_seq_length // 4)
+        return cls(max_seq_length, stride, question)
+
 
 @dataclass
 class WindowReport:
@@ -46,15 +58,18 @@ class WindowReport:
 
     questions: int = 0
     windows: int = 0
-    misaligned_answers: int = 0  # questions none of whose answers stands at its answer_start
+    misaligned_answers: int = 0  # questions none of whose answers stands at its answer_start: no label, no loss
     answers_in_no_window: int = 0  # answers cut by every window: all their windows say "no answer here"
     cut_questions: int = 0
     empty_contexts: int = 0
 
     def log(self, split: str) -> None:
-        told = {name: count for name, count in asdict(self).items() if count and name not in ("questions", "windows")}
+        """One line for each count that is not zero."""
+        counts = {
+            name: count for name, count in asdict(self).items() if count and name not in ("questions", "windows")
+        }
         logger.info("%s: %d questions in %d windows", split, self.questions, self.windows)
-        for name, count in told.items():
+        for name, count in counts.items():
             logger.warning("%s: %d of %d questions: %s", split, count, self.questions, name.replace("_", " "))
 
 
@@ -72,7 +87,10 @@ def training_windows(
     windows, report = evaluation_windows(examples, tokenizer, settings, num_proc)
     labelled = np.flatnonzero(np.asarray(windows["start_positions"][:]) != NO_LABEL)
     if len(labelled) == 0:
-        raise ValueError(f"None of the {report.questions} questions has an answer that stands at its answer_start.")
+        raise ValueError(
+            f"None of the {report.questions} questions has an answer that stands at its answer_start. Count it in "
+            "characters (code points) of the context as it is in the file"
+        )
     if len(labelled) < len(windows):
         windows = windows.select(labelled)
     report.windows = len(windows)
@@ -123,6 +141,24 @@ def answer_span(context: str, texts: list[str], starts: list[int]) -> tuple[int,
             first = start + len(text) - len(text.lstrip())
             return first, first + len(stripped)
     return None
+
+
+def past_marks(ends: np.ndarray, text: str) -> np.ndarray:
+    """Where tokens end, moved past the combining marks that follow.
+
+    Tokenizers that strip accents leave the marks at a word's end to no token; without them a predicted "cafe\u0301"
+    would be the wrong "cafe". Such are the nonspacing marks (category Mn), which hold vowels in Devanagari and Thai.
+
+    Args:
+        ends: (tokens,) the character past each token, -1 for tokens without characters.
+        text: what the characters are of.
+
+    >>> past_marks(np.array([-1, 4, 7]), "cafe\u0301 is").tolist()
+    [-1, 5, 7]
+    """
+    if text.isascii():
+        return ends
+    return np.where(ends >= 0, _next_plain(text)[ends].astype(ends.dtype), ends)
 
 
 def label_window(
@@ -202,19 +238,19 @@ _WINDOW_COLUMNS = (
 def _context_offsets(
     offsets: list[tuple[int, int]], sequence_ids: list[int | None], context: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per token the characters of the context it covers, (first, past the last); -1 for every other token.
-
-    Tokenizers that strip accents leave the combining characters at a word's end to no token; without them a predicted
-    "cafe\u0301" would be the wrong "cafe".
-    """
+    """Per token the characters of the context it covers, (first, past the last); -1 for every other token."""
     pairs = np.asarray(offsets, dtype=np.int32).reshape(-1, 2)
     in_context = np.array([part == 1 for part in sequence_ids]) & (pairs[:, 1] > pairs[:, 0])
     starts, ends = np.where(in_context, pairs[:, 0], -1), np.where(in_context, pairs[:, 1], -1)
-    if not context.isascii():
-        for token in np.flatnonzero(in_context):
-            while ends[token] < len(context) and unicodedata.combining(context[ends[token]]):
-                ends[token] += 1
-    return starts, ends
+    return starts, past_marks(ends, context)
+
+
+@lru_cache(maxsize=8)  # the windows of a context, and often its questions, follow one another
+def _next_plain(text: str) -> np.ndarray:
+    """(characters + 1,) for each place in a text the first one from there on that is no combining mark."""
+    is_mark = np.fromiter((unicodedata.category(character) == "Mn" for character in text), bool, len(text))
+    plain = np.where(np.append(is_mark, False), len(text), np.arange(len(text) + 1))
+    return np.minimum.accumulate(plain[::-1])[::-1]
 
 
 def _null_position(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -255,8 +291,8 @@ def _check(tokenizer: PreTrainedTokenizerBase, settings: WindowSettings) -> None
     if settings.max_seq_length < needed:
         raise ValueError(
             f"--max_seq_length {settings.max_seq_length} leaves no room for new context: a question of "
-            f"--max_question_length {settings.max_question_length}, --doc_stride {settings.doc_stride} and {special} "
-            f"special tokens need at least {needed}. Raise the first or lower one of the others."
+            f"{settings.max_question_length} tokens (--max_question_length), {settings.doc_stride} shared with the "
+            f"window before (--doc_stride) and {special} special tokens need at least {needed}"
         )
 
 

@@ -1,14 +1,13 @@
-"""Exact match and F1 of SQuAD, in percent, over questions; for v2 also apart for answerable and unanswerable ones.
+"""Exact match and F1 of answers, in percent; for SQuAD v2 also separately for answerable and unanswerable questions.
 
-The two scores of a question, with the official normalization (lower case, no punctuation, no articles), are
-torchmetrics'. Here is only what the official v2 evaluation puts around them (Rajpurkar et al. 2018): averages over the
-two kinds of questions, and the best null threshold.
+`cmp-trainer curve` and the example scripts score answers here. The two scores of a question, with SQuAD's official
+normalization (lower case, no punctuation, no articles), are torchmetrics'. This file adds what the official evaluation
+of v2 does with them (Rajpurkar et al. 2018): averages over both kinds of questions, and the best null threshold.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from torchmetrics.functional.text import squad
 from tqdm.auto import tqdm
 
 
@@ -25,6 +24,8 @@ def question_scores(
     >>> question_scores(["The cat.", ""], [["cat", "a black cat"], []])
     (array([100., 100.]), array([100., 100.]))
     """
+    from torchmetrics.functional.text import squad  # an extra
+
     pairs = list(zip(predictions, answers, strict=True))
     scores = np.zeros((2, len(pairs)))
     for row, (prediction, texts) in enumerate(tqdm(pairs, desc="Scores", disable=not progress)):
