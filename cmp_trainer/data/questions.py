@@ -23,7 +23,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf  # List from datasets 4 on
 
 from cmp_trainer.data.tables import load_file, require_columns
 
@@ -35,7 +36,7 @@ FEATURES = Features(
         "id": Value("string"),
         "question": Value("string"),
         "context": Value("string"),
-        "answers": {"text": List(Value("string")), "answer_start": List(Value("int64"))},
+        "answers": {"text": ListOf(Value("string")), "answer_start": ListOf(Value("int64"))},
     }
 )
 

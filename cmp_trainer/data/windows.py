@@ -17,7 +17,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf  # List from datasets 4 on
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -298,7 +299,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, settings: WindowSettings) -> None
 
 def _compact_features(features: Features) -> Features:
     """Offsets in 32 bits: SQuAD's own validation set has 10 million of them."""
-    return Features({**features, "token_starts": List(Value("int32")), "token_ends": List(Value("int32"))})
+    return Features({**features, "token_starts": ListOf(Value("int32")), "token_ends": ListOf(Value("int32"))})
 
 
 def _count(examples: Dataset, windows: Dataset) -> WindowReport:
