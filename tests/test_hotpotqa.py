@@ -4,7 +4,6 @@ import doctest
 import json
 import os
 import shutil
-from itertools import combinations_with_replacement
 from pathlib import Path
 
 import analyze_hotpotqa
@@ -15,20 +14,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hotpot_answers import answer_scores, best_spans, joint_predictions, read_answers, score_answers
+from hotpot_answers import answer_scores, joint_predictions, score_answers
 from hotpot_data import NO, QUESTION, TEXT, TITLE, YES, Limits, add_markers, encode_questions
-from hotpot_inputs import (
-    NO_POSITION,
-    NO_SPAN,
-    NOT_TEXT,
-    YES_SPAN,
-    EvaluationInputs,
-    InputBuilder,
-    NewEpochs,
-    TrainingInputs,
-)
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hotpot_inputs import EvaluationInputs, InputBuilder, NewEpochs, TrainingInputs
 from run_hotpotqa import HotpotArguments, main
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -44,7 +32,11 @@ from transformers import (
 from cmp_trainer import CmpTrainingArguments
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.crop_collator import CmpCropCollator
+from cmp_trainer.data.answers import AnswerSettings, read_answers
+from cmp_trainer.data.tables import load_file as load_table
+from cmp_trainer.data.windows import NO_LABEL
 from cmp_trainer.scripting import ModelArguments, parse_arguments
+from tests.answer_helpers import word_pieces, wrapped
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "hotpotqa" / "configs").glob("*.yaml"))
@@ -213,7 +205,7 @@ def test_questions_without_a_found_answer_are_counted_left_out_of_training_and_k
     assert "1 of 4 questions are left out" in caplog.text
     inputs = EvaluationInputs(encoded, builder_of(tokenizer))
     assert len(inputs) == 4
-    assert inputs[3]["start_positions"] == NO_POSITION
+    assert inputs[3]["start_positions"] == NO_LABEL
 
 
 @pytest.mark.parametrize("max_length", [128, 90, 70, 52])
@@ -230,7 +222,7 @@ def test_distractors_give_way_so_that_training_keeps_the_answer(tokenizer, encod
 def test_cut_evaluation_inputs_are_counted_and_their_lost_answers_ignored(tokenizer, encoded, caplog):
     inputs = EvaluationInputs(encoded, builder_of(tokenizer, Limits(40)))
     assert "4 of 4 questions have their last paragraphs cut off" in caplog.text
-    assert inputs[0]["start_positions"] == NO_POSITION
+    assert inputs[0]["start_positions"] == NO_LABEL
     assert max(len(row["input_ids"]) for row in inputs) <= 40
 
 
@@ -239,78 +231,132 @@ def test_training_without_any_answer_is_refused(tokenizer, encoded):
         TrainingInputs(encoded.select([3]), builder_of(tokenizer))
 
 
-def test_inputs_longer_than_the_model_takes_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="--max_length 301, but the model takes at most 300"):
-        builder_of(tokenizer, Limits(301))
+TITLES, SENTENCES = (QUESTIONS[1]["context"][name] for name in ("title", "sentences"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": " "}, r"row 1 \(id q1\) has an empty question"),
-        ({"context": {"title": ["One"], "sentences": [["A."], ["B."]]}}, r"id q1\) has 1 titles for 2 paragraphs"),
-        ({"context": {"title": [], "sentences": []}}, "0 titles for 0 paragraphs"),
-        ({"id": "q0"}, "row 1 has the id 'q0' of row 0"),
-        ({"id": None}, "row 1 has no id"),
+        ({"question": " "}, "no text as question"),
+        (
+            {"context": {"title": ["One"], "sentences": [["A."], ["B."]]}},
+            "a context with 1 entries in title and 2 in sen",
+        ),
+        ({"context": {"title": [], "sentences": []}}, "no paragraphs"),
+        ({"context": {"title": None, "sentences": SENTENCES}}, "a context of another form; expected lists of title"),
+        ({"context": {"title": TITLES, "sentences": None}}, "a context of another form; expected lists of title and"),
+        ({"context": {"title": [None, *TITLES[1:]], "sentences": SENTENCES}}, "a context in which a title is no text"),
+        (
+            {"context": {"title": TITLES, "sentences": [None, *SENTENCES[1:]]}},
+            "a context in which .* there is nothing",
+        ),
+        (
+            {"context": {"title": TITLES, "sentences": [["A.", None], *SENTENCES[1:]]}},
+            r"a paragraph \(Town 1\) that is no",
+        ),
+        (
+            {"supporting_facts": {"title": ["Lake"], "sent_id": [0, 1]}},
+            "a supporting_facts with 1 entries in title and 2",
+        ),
+        (
+            {"supporting_facts": {"title": ["Lake"], "sent_id": [None]}},
+            "a supporting_facts in which a title is no text",
+        ),
+        ({"id": "q0"}, "the id of row 1; give each its own"),
     ],
 )
-def test_rows_that_are_not_hotpotqas_are_refused_by_name(tokenizer, change, message):
-    rows = Dataset.from_list([QUESTIONS[0], QUESTIONS[1] | change])
-    with pytest.raises(ValueError, match=message):
-        encode_questions(rows, tokenizer, LIMITS, "train")
+def test_rows_that_are_not_hotpotqas_are_refused_with_id_and_fault(tokenizer, tmp_path, change, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (QUESTIONS[0], QUESTIONS[1] | change)))
+    with pytest.raises(ValueError, match=rf"train, row 2 \(id {change.get('id', 'q1')}\) has {message}"):
+        encode_questions(load_table(path, "train"), tokenizer, LIMITS, "train")
 
 
-def test_contexts_of_other_shape_are_refused(tokenizer):
-    rows = Dataset.from_list([{"id": "q", "question": "Where?", "context": "Here."}])
-    with pytest.raises(ValueError, match="context is str; expected title and sentences"):
-        encode_questions(rows, tokenizer, LIMITS, "test")
+def test_a_row_without_id_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="train, row 2 has no id"):
+        encode_questions(Dataset.from_list([QUESTIONS[0], QUESTIONS[1] | {"id": None}]), tokenizer, LIMITS, "train")
 
 
-def test_supporting_facts_of_another_form_are_refused(tokenizer):
-    rows = Dataset.from_list([QUESTIONS[0] | {"supporting_facts": [["Lake", "0"]]}])
-    with pytest.raises(ValueError, match="row 0: supporting_facts is list; expected title and sent_id"):
-        encode_questions(rows, tokenizer, LIMITS, "train")
+@pytest.mark.parametrize("change", [{"context": "Here."}, {"supporting_facts": [["Lake", "0"]]}])
+def test_columns_of_another_form_are_refused(tokenizer, change):
+    with pytest.raises(
+        ValueError, match=r"row 1 \(id q0\) has a (context|supporting_facts) of another form; expected"
+    ):
+        encode_questions(Dataset.from_list([QUESTIONS[0] | change]), tokenizer, LIMITS, "train")
+
+
+def test_numbers_are_read_as_the_text_of_answers_and_ids(tokenizer, tmp_path):
+    row = question(0, 1984) | {"id": 7}
+    row["context"]["sentences"][1] = ["The lake was made in 1984."]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8-sig")  # with a byte order mark
+    encoded = encode_questions(load_table(tmp_path / "rows.jsonl", "train"), tokenizer, LIMITS, "train")
+    assert (encoded["id"][0], encoded["answer"][0], encoded["kind"][0]) == ("7", "1984", "span")
+
+
+def test_questions_without_a_removable_paragraph_are_counted_and_all_of_them_are_refused(tokenizer, caplog):
+    gold = question(4, "Lake Zoë")
+    gold["context"] = {name: values[:2] for name, values in gold["context"].items()}
+    builder = builder_of(tokenizer)
+    encoded = encode_questions(Dataset.from_list([QUESTIONS[0], gold]), tokenizer, LIMITS, "train")
+    TrainingInputs(encoded, builder).check_crops(1)
+    assert "1 of 2 questions have no paragraph to remove" in caplog.text
+    for rows, num_paragraphs in ((encoded.select([1]), None), (encoded, 2)):
+        inputs = TrainingInputs(rows, builder, num_paragraphs)
+        inputs.check_crops(0)
+        with pytest.raises(ValueError, match="--cmp_num_crops 1, but no training question has a paragraph to remove"):
+            inputs.check_crops(1)
 
 
 # --- answers ---
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_the_best_span_is_the_best_of_all_that_are_allowed(data):
-    length = data.draw(st.integers(1, 10))
-    logits = st.lists(st.floats(-9, 9, width=32), min_size=length, max_size=length)
-    starts, ends = torch.tensor(data.draw(logits)), torch.tensor(data.draw(logits))
-    paragraph = [YES_SPAN, NO_SPAN, *sorted(data.draw(st.lists(st.integers(NOT_TEXT, 2), max_size=length)))]
-    starts, ends = torch.cat([torch.zeros(2), starts]), torch.cat([torch.zeros(2), ends])
-    paragraph = torch.tensor(paragraph + [NOT_TEXT] * (len(starts) - len(paragraph)))
-    longest = data.draw(st.integers(1, 5))
-    allowed = [
-        (first, last)
-        for first, last in combinations_with_replacement(range(len(starts)), 2)
-        if last - first < longest and paragraph[first] == paragraph[last] != NOT_TEXT
-    ]
-    ((first, last),) = best_spans(starts[None], ends[None], paragraph[None], longest).tolist()
-    assert (first, last) in allowed
-    assert starts[first] + ends[last] == max(starts[a] + ends[b] for a, b in allowed)
+def read(inputs, logits):
+    settings = AnswerSettings(1, 64, all_spans=True)
+    return read_answers(inputs.encoded, inputs.tokens(), *logits, settings, progress=False).predictions
+
+
+def logits_at_the_labels(inputs):
+    logits = np.zeros((2, len(inputs), 128), dtype=np.float32)
+    for row, made in enumerate(inputs):
+        if made["start_positions"] != NO_LABEL:
+            logits[0, row, made["start_positions"]] = logits[1, row, made["end_positions"]] = 9
+    return logits
 
 
 def test_logits_at_the_labels_give_back_the_answers(tokenizer, encoded):
     inputs = EvaluationInputs(encoded, builder_of(tokenizer))
-    logits = np.zeros((2, len(inputs), 128), dtype=np.float32)
-    for row, made in enumerate(inputs):
-        if made["start_positions"] != NO_POSITION:
-            logits[0, row, made["start_positions"]] = logits[1, row, made["end_positions"]] = 9
-    answers = read_answers(inputs, *logits)
+    answers = read(inputs, logits_at_the_labels(inputs))
     assert list(answers.values())[:3] == ["Lake Zoë", "yes", "no"]
     assert score_answers(answers, encoded) == {"exact_match": 75.0, "f1": 75.0, "questions": 4}
     assert joint_predictions(answers) == {"answer": answers, "sp": {one: [] for one in answers}}
 
 
-def test_nan_logits_are_refused(tokenizer, encoded):
+def test_a_span_lies_within_one_paragraph_and_yes_and_no_are_spans_of_their_own(tokenizer, encoded):
     inputs = EvaluationInputs(encoded, builder_of(tokenizer))
-    with pytest.raises(ValueError, match="NaN"):
-        read_answers(inputs, *np.full((2, 4, 128), np.nan, dtype=np.float32))
+    tokens = inputs.tokens()[0]
+    logits = np.zeros((2, len(inputs), 128))
+    segments = np.array(tokens["segments"])
+    logits[0, 0, np.flatnonzero(segments == 0)[-1]] = logits[1, 0, np.flatnonzero(segments == 1)[0]] = 9
+    logits[0, 1, tokens["token_starts"].index(0)] = logits[1, 1, tokens["token_starts"].index(3)] = 9  # yes … no
+    answers = read(inputs, logits)
+    assert answers["q0"] in "".join(QUESTIONS[0]["context"]["sentences"][0]) or "Zoë" not in answers["q0"]
+    assert answers["q1"] in ("yes", "no")
+
+
+@pytest.mark.parametrize("answer", ["पहाड़ों", "में"])
+def test_words_that_end_in_combining_marks_are_found_and_given_back_whole(answer):
+    """With a tokenizer that strips accents, as BERT's does, such marks belong to no token."""
+    sentence = "नदी उत्तर में पहाड़ों से निकलती है।"
+    tokenizer = wrapped(word_pieces(sentence))
+    add_markers(tokenizer)
+    row = question(0, answer)
+    row["context"]["sentences"][1] = [sentence]
+    encoded = encode_questions(Dataset.from_list([row]), tokenizer, Limits(500), "validation")
+    inputs = EvaluationInputs(encoded, InputBuilder(tokenizer, Limits(500), bert_of(tokenizer)))
+    made = inputs[0]
+    logits = np.zeros((2, 1, len(made["input_ids"])))
+    logits[0, 0, made["start_positions"]] = logits[1, 0, made["end_positions"]] = 9
+    assert read(inputs, logits) == {"q0": answer}
 
 
 @pytest.mark.parametrize(
@@ -336,7 +382,7 @@ def test_questions_without_an_answer_are_counted_and_not_scored(tokenizer, caplo
     assert "1 of 2 questions come without an answer" in caplog.text
 
 
-@pytest.mark.parametrize("module", [hotpot_data, hotpot_inputs, hotpot_answers])
+@pytest.mark.parametrize("module", [hotpot_data, hotpot_inputs, hotpot_answers, analyze_hotpotqa])
 def test_examples_in_docstrings_are_right(module):
     assert doctest.testmod(module).failed == 0
 
@@ -401,13 +447,50 @@ def test_unlabelled_questions_are_predicted_and_not_scored(folder):
     assert len(json.loads((folder / "predicted" / "test_predictions.json").read_text())["answer"]) == 4
     assert "test_f1" not in json.loads((folder / "predicted" / "test_results.json").read_text())
 
+    results = json.loads((folder / "predicted" / "all_results.json").read_text())
+    assert "test_loss" not in results
+    assert np.isfinite([value for value in results.values() if not isinstance(value, str)]).all()
+
+
+def test_batches_without_a_label_do_not_count_in_the_loss(folder):
+    arguments = ["--model_name_or_path", str(folder / "model"), "--do_eval", "--max_length", "128"]
+    arguments += ["--report_to", "none", "--use_cpu", "--per_device_eval_batch_size", "1"]
+    losses = []
+    for name, rows in (("labelled", QUESTIONS[:3]), ("all", QUESTIONS)):  # the answer of the last is not found
+        file, output = folder / f"{name}.jsonl", folder / f"{name}_evaluated"
+        file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        main([*arguments, "--validation_file", str(file), "--output_dir", str(output)])
+        losses.append(json.loads((output / "eval_results.json").read_text())["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--do_train", "--max_length", "301"], "--max_length 301 is more than the model takes; pass at most"),
+        (
+            ["--do_eval", "--eval_max_length", "999", "--max_length", "9"],
+            "--eval_max_length 999 is more than the model",
+        ),
+        (
+            ["--do_train", "--max_length", "128", "--num_paragraphs", "2"],
+            "no training question has a paragraph to remove",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(folder, arguments, message):
+    files = [f"--{split}_file={folder / 'data.jsonl'}" for split in ("train", "validation")]
+    base = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / "refused"), "--use_cpu"]
+    with pytest.raises(ValueError, match=message):
+        main.__wrapped__([*base, *files, *arguments, "--cmp_num_ablations=1", "--cmp_num_crops=1"])
+
 
 def test_missing_columns_are_named(folder):
     rows = [{name: value for name, value in one.items() if name != "context"} for one in QUESTIONS]
     (folder / "no_context.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     arguments = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / "never"), "--do_eval"]
     with pytest.raises(ValueError, match="no column 'context'"):
-        main.__wrapped__([*arguments, "--validation_file", str(folder / "no_context.jsonl")])
+        main.__wrapped__([*arguments, "--validation_file", str(folder / "no_context.jsonl"), "--max_length", "128"])
 
 
 def test_checkpoints_are_analyzed_side_by_side(folder, capsys):
@@ -427,6 +510,36 @@ def test_checkpoints_are_analyzed_side_by_side(folder, capsys):
     assert points[:4] == [{**point, "checkpoint": "one"} for point in points[4:]]
     assert "| Cumulative drops | one | other |" in capsys.readouterr().out
     assert (folder / "analysis" / "analysis.png").stat().st_size > 10_000
+
+
+def test_an_analysis_without_ablation_is_the_script_s_evaluation_to_the_digit(folder):
+    arguments = ["--validation_file", str(folder / "data.jsonl"), "--max_length", "128"]
+    run = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / "evaluated"), "--use_cpu"]
+    main([*arguments, *run, "--do_eval", "--per_device_eval_batch_size", "3", "--report_to", "none"])
+    evaluated = json.loads((folder / "evaluated" / "eval_results.json").read_text())
+    which = ["--checkpoints", str(folder / "model"), "--batch_size", "3", "--paragraphs", "4", "--drops", "0", "1"]
+    analyze_hotpotqa.main([*arguments, *which, "--output_dir", str(folder / "one_analysis")])
+    points = json.loads((folder / "one_analysis" / "analysis.json").read_text())
+    assert [(point["curve"], point["at"]) for point in points] == [("paragraphs", 4), ("drops", 0), ("drops", 1)]
+    for point in points[:2]:
+        for name in ("loss", "exact_match", "f1", "questions"):
+            assert point[name] == evaluated[f"eval_{name}"]
+    assert points[2]["loss"] != points[1]["loss"]
+
+
+def test_checkpoints_are_named_by_folders_that_may_have_one_name_or_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("a/best", "b/best", "lr=1e-5/best"):
+        Path(path).mkdir(parents=True)
+    named = analyze_hotpotqa.named(["a/best", "b/best", "lr=1e-5/best", "mine=lr=1e-5/best"])
+    assert named == [
+        ("a/best", "a/best"),
+        ("b/best", "b/best"),
+        ("lr=1e-5/best", "lr=1e-5/best"),
+        ("mine", "lr=1e-5/best"),
+    ]
+    with pytest.raises(ValueError, match="two are called x; name them"):
+        analyze_hotpotqa.named(["x=a/best", "x=b/best"])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
@@ -467,5 +580,5 @@ def test_answers_of_real_questions_are_found_where_they_stand(tokenizer):
         for number, spans in enumerate(example["spans"]):
             for first, last in spans:
                 found = slice(example["text_starts"][number][first], example["text_ends"][number][last])
-                assert example["answer"] in example["paragraphs"][number][found]
+                assert example["answer"] in example["context"][found]
         assert sum(example["supporting"]) == 2

@@ -3,37 +3,32 @@
     python analyze_hotpotqa.py --checkpoints baseline=out/baseline comparative=out/crop_drop --output_dir analysis
 
 Two curves for each checkpoint: evaluation with 2, 3, … 10 paragraphs, the supporting ones always among them, and with
-0, 1, 2, 3 cumulative drops (CmpDrop; the same random numbers for each, so that what is dropped once stays dropped).
-Written are analysis.json, a table (analysis.md) and a plot (analysis.png).
+0, 1, 2, 3 cumulative drops (CmpDrop, as `trainer.evaluate_ablations` measures them). Each point is an evaluation of
+run_hotpotqa's trainer. Written are analysis.json, a table (analysis.md) and a plot (analysis.png).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
-from hotpot_data import ANSWER_COLUMNS, COLUMNS, add_markers
-from hotpot_inputs import EvaluationInputs, padding_multiple
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from hotpot_data import ANSWER_COLUMNS, COLUMNS
+from hotpot_inputs import EvaluationInputs, collator_of
 from tqdm.auto import tqdm
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PrinterCallback, set_seed
 
-from cmp_trainer.ablations.crop_collator import CmpCropCollator
-from cmp_trainer.ablations.drop import CmpDrop
-from cmp_trainer.checks import train_mode_except_batch_norm
-from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer import CmpTrainingArguments
 from cmp_trainer.scripting import (
     ModelArguments,
-    load_pretrained,
+    distinct_names,
     load_splits,
     parse_arguments,
     plain_errors,
@@ -41,11 +36,11 @@ from cmp_trainer.scripting import (
 )
 
 with plain_errors():
-    from hotpot_answers import read_answers, score_answers
     from matplotlib.figure import Figure
-    from run_hotpotqa import HotpotArguments, encode
+    from run_hotpotqa import HotpotArguments, HotpotTrainer, encode, length_of, load
 
 Point = dict[str, Any]
+MEASURED = ("loss", "exact_match", "f1", "questions")
 METRICS = {"exact_match": "Exact match (%)", "f1": "F1 (%)"}
 CURVES = {"paragraphs": "Paragraphs in the input", "drops": "Cumulative drops"}
 
@@ -72,53 +67,69 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     examples = take_split(load_splits(data_args), "validation", COLUMNS + ANSWER_COLUMNS, data_args.max_eval_samples)
     points: list[Point] = []
-    for checkpoint in args.checkpoints:
-        name, _, folder = checkpoint.rpartition("=")
-        points += evaluate(name or Path(folder).name, folder, examples, data_args, args)
+    for name, folder in named(args.checkpoints):
+        points += evaluate(name, folder, examples, data_args, args)
         write(points, Path(args.output_dir))  # after each, so that nothing is lost when the next one fails
     print(table(points))
     print(f"written to {args.output_dir}: analysis.json, analysis.md, analysis.png")
+
+
+def named(checkpoints: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and folder of each checkpoint, which is given as a folder or as name=folder.
+
+    Raises:
+        ValueError: two have the same name.
+
+    >>> named(["runs/a/best", "runs/b/best", "first=runs/c"])
+    [('a/best', 'runs/a/best'), ('b/best', 'runs/b/best'), ('first', 'runs/c')]
+    """
+    split = [("", "", one) if Path(one).is_dir() or "=" not in one else one.partition("=") for one in checkpoints]
+    unnamed = [folder for name, _, folder in split if not name]
+    found = iter(distinct_names(unnamed) if unnamed else [])
+    pairs = [(name or next(found), folder) for name, _, folder in split]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--checkpoints: two are called {name}; name them: name=folder")
+    return pairs
 
 
 def evaluate(
     name: str, folder: str, examples: Dataset, data_args: HotpotArguments, args: AnalysisArguments
 ) -> list[Point]:
     """Exact match and F1 of one checkpoint at each number of paragraphs and of drops."""
-    model_args = ModelArguments(folder)
-    tokenizer = load_pretrained(AutoTokenizer, folder, model_args)
-    tokenizer.padding_side = "right"
-    model = load_pretrained(AutoModelForQuestionAnswering, folder, model_args).eval()
-    add_markers(tokenizer, model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    set_seed(args.seed)  # of markers that the model does not have
+    tokenizer, model = load(ModelArguments(folder), data_args, ["validation"])
     encoded, builder = encode(examples, "validation", data_args, tokenizer, model)
-
-    asked = [("paragraphs", number, number, 0) for number in args.paragraphs]
-    asked += [("drops", drops, data_args.num_paragraphs, drops) for drops in args.drops]
-    points = []
-    for curve, at, num_paragraphs, drops in tqdm(asked, desc=name):
-        inputs = EvaluationInputs(encoded, builder, num_paragraphs)
-        logits = predict(model, tokenizer, inputs, drops, args)
-        scores = score_answers(read_answers(inputs, *logits, data_args.max_answer_length), encoded)
-        points.append({"checkpoint": name, "curve": curve, "at": at, **scores})
+    most = max(1, *args.drops) if args.drops else 0
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = HotpotTrainer(
+            model=model,
+            args=CmpTrainingArguments(
+                output_dir=output_dir,
+                cmp_num_ablations=max(1, most),
+                per_device_eval_batch_size=args.batch_size,
+                dataloader_pin_memory=torch.cuda.is_available(),
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            processing_class=tokenizer,
+            data_collator=collator_of(tokenizer, model, length_of("validation", data_args)[1]),
+            max_answer_length=data_args.max_answer_length,
+        )
+        trainer.remove_callback(PrinterCallback)
+        points = []
+        for number in tqdm(args.paragraphs, desc=f"{name}, paragraphs"):
+            metrics = trainer.evaluate(EvaluationInputs(encoded, builder, number))
+            scores = {metric: metrics[f"eval_{metric}"] for metric in MEASURED}
+            points.append({"checkpoint": name, "curve": "paragraphs", "at": number, **scores})
+        if args.drops:
+            inputs = EvaluationInputs(encoded, builder, data_args.num_paragraphs)
+            curve: Any = trainer.evaluate_ablations(inputs, drops=most, seeds=[args.seed])
+            for row in curve[curve["level"].isin(args.drops)].to_dict(orient="records"):  # pyright: ignore[reportCallIssue]
+                scores = {metric: row[metric] for metric in MEASURED}
+                points.append({"checkpoint": name, "curve": "drops", "at": row["level"], **scores})
     return points
-
-
-def predict(
-    model: Any, tokenizer: PreTrainedTokenizerBase, inputs: EvaluationInputs, drops: int, args: AnalysisArguments
-) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end logits, (questions, length) each, after that many drops."""
-    collator = CmpCropCollator(tokenizer, pad_to_multiple_of=padding_multiple(model))
-    loader = DataLoader(inputs, args.batch_size, collate_fn=collator)
-    starts, ends = [], []
-    for batch in tqdm(loader, desc=f"{drops} drops", leave=False):
-        not_for_model = ("crop_segments", "start_positions", "end_positions")
-        torch.manual_seed(args.seed)
-        batch = {column: value.to(model.device) for column, value in batch.items() if column not in not_for_model}
-        with torch.no_grad(), train_mode_except_batch_norm(model), Ablated([CmpDrop()], [drops]):
-            outputs = model(**batch)
-        starts += outputs.start_logits.float().cpu().unbind()
-        ends += outputs.end_logits.float().cpu().unbind()
-    return pad_sequence(starts, True, -torch.inf).numpy(), pad_sequence(ends, True, -torch.inf).numpy()
 
 
 def write(points: list[Point], folder: Path) -> None:
@@ -141,7 +152,7 @@ def table(points: list[Point]) -> str:
         if rows:
             lines += [f"| {title} | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
             lines += [f"| {at} | {' | '.join(cells[name] for name in names)} |" for at, cells in rows.items()] + [""]
-    number = points[0]["questions"] if points else 0
+    number = int(points[0]["questions"]) if points else 0
     return "\n".join([*lines, f"Exact match / F1 in percent, {number} questions.", ""])
 
 

@@ -9,22 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from hotpot_data import ANSWER_COLUMNS, COLUMNS, add_markers
-from hotpot_inputs import TrainingInputs, padding_multiple
-from run_hotpotqa import HotpotArguments, encode
+from hotpot_data import ANSWER_COLUMNS, COLUMNS
+from hotpot_inputs import TrainingInputs, collator_of
+from run_hotpotqa import HotpotArguments, encode, load
 from tqdm.auto import tqdm
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from cmp_trainer.ablations.crop import CmpCrop
-from cmp_trainer.ablations.crop_collator import CmpCropCollator
-from cmp_trainer.scripting import (
-    ModelArguments,
-    load_pretrained,
-    load_splits,
-    parse_arguments,
-    plain_errors,
-    take_split,
-)
+from cmp_trainer.scripting import ModelArguments, load_splits, parse_arguments, plain_errors, take_split
 
 
 @dataclass
@@ -40,13 +31,11 @@ class LengthArguments:
 @plain_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(ModelArguments, HotpotArguments, LengthArguments, argv=argv)
-    tokenizer = load_pretrained(AutoTokenizer, model_args.model_name_or_path, model_args)
-    model = load_pretrained(AutoModelForQuestionAnswering, model_args.model_name_or_path, model_args)
-    add_markers(tokenizer, model)
+    tokenizer, model = load(model_args, data_args, ["train"])
     examples = take_split(load_splits(data_args), "train", COLUMNS + ANSWER_COLUMNS, data_args.max_train_samples)
     encoded, builder = encode(examples, "train", data_args, tokenizer, model)
     inputs = TrainingInputs(encoded, builder, data_args.num_paragraphs, args.seed)
-    collator = CmpCropCollator(tokenizer, pad_to_multiple_of=padding_multiple(model))
+    collator = collator_of(tokenizer, model, data_args.max_length)
     crop = CmpCrop().for_model(model, processing_class=tokenizer, data_collator=collator)
 
     torch.manual_seed(args.seed)

@@ -3,6 +3,9 @@
 A question comes with ten paragraphs, two of which hold the supporting facts; the others are distractors (Yang et al.
 2018, https://doi.org/10.18653/v1/D18-1259). Each paragraph is tokenized on its own, its text with character offsets.
 The answer is looked for in the supporting sentences, by characters, and its occurrences are kept as token spans.
+
+All that an answer can be taken from is one text, the question's `context`: "yes", "no" and the paragraphs. Offsets
+count its characters, so that answers are read from it as from any other context (cmp_trainer.data.answers).
 """
 
 from __future__ import annotations
@@ -14,14 +17,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
+
+from cmp_trainer.data.windows import past_marks
 
 logger = logging.getLogger("cmp_trainer.examples.hotpotqa")
 
 COLUMNS = ["id", "question", "context"]
 ANSWER_COLUMNS = ["answer", "supporting_facts"]
+YES_AND_NO = "yesno"  # the beginning of each context
+YES_CHARACTERS, NO_CHARACTERS = (0, 3), (3, 5)
 YES, NO, QUESTION, TITLE, TEXT = "<|yes|>", "<|no|>", "<|question|>", "<|title|>", "<|text|>"
+ENCODED_FEATURES = Features(
+    {
+        **dict.fromkeys(("id", "question", "context", "answer", "kind"), Value("string")),
+        "question_ids": List(Value("int32")),
+        **dict.fromkeys(("title_ids", "text_ids", "text_starts", "text_ends"), List(List(Value("int32")))),
+        "supporting": List(Value("bool")),
+        "spans": List(List(List(Value("int32")))),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Limits:
 
     Args:
         max_length: the whole input.
-        max_question_length: the question; longer ones are cut.
+        max_question_length: the question; longer ones are cut. It takes no more than half of the input.
         max_paragraph_length: one paragraph with its title and markers; longer ones are cut.
     """
 
@@ -53,39 +70,52 @@ def add_markers(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> None:
 
 
 def check_questions(dataset: Dataset, split: str) -> None:
-    """Refuses rows that are not HotpotQA's, naming the first one.
+    """Reject rows that are not HotpotQA's.
 
     Raises:
-        ValueError: an id that is missing or stands for two questions, a question without text, titles and paragraphs
-            that do not match, or supporting facts of another form.
+        ValueError: names the first such row, its id and the fault.
     """
-    first_row: dict[Any, int] = {}
-    wanted = [*COLUMNS, "supporting_facts"]
-    for row, example in enumerate(dataset.select_columns([c for c in dataset.column_names if c in wanted])):
-        assert isinstance(example, dict)
-        if example["id"] is None or first_row.setdefault(example["id"], row) != row:
-            found = "no id" if example["id"] is None else f"the id {example['id']!r} of row {first_row[example['id']]}"
-            raise ValueError(f"{split}, row {row} has {found}; answers are kept by id, so give each its own")
-        facts = example.get("supporting_facts")
-        if facts is not None and (not isinstance(facts, Mapping) or not {"title", "sent_id"} <= set(facts)):
-            raise ValueError(
-                f"{split}, row {row}: supporting_facts is {type(facts).__name__}; expected title and sent_id, as in "
-                "hotpotqa/hotpot_qa on the Hub"
-            )
-        context = example["context"]
-        if not isinstance(context, Mapping) or not {"title", "sentences"} <= set(context):
-            raise ValueError(
-                f"{split}, row {row}: context is {type(context).__name__}; expected title and sentences, as in "
-                "hotpotqa/hotpot_qa on the Hub"
-            )
-        if not (example["question"] or "").strip():
-            raise ValueError(f"{split}, row {row} (id {example['id']}) has an empty question; remove it")
-        titles, paragraphs = context["title"], context["sentences"]
-        if len(titles) != len(paragraphs) or not titles:
-            raise ValueError(
-                f"{split}, row {row} (id {example['id']}) has {len(titles)} titles for {len(paragraphs)} paragraphs; "
-                "expected as many, and at least one"
-            )
+    first_row: dict[str, int] = {}
+    wanted = [*COLUMNS, *ANSWER_COLUMNS]
+    rows: Any = dataset.select_columns([column for column in dataset.column_names if column in wanted])
+    for number, row in enumerate(rows, start=1):
+        if row["id"] is None:
+            raise ValueError(f"{split}, row {number} has no id; answers are kept by id, so give each its own")
+        other = first_row.setdefault(str(row["id"]), number)
+        fault = _fault(row) if other == number else f"the id of row {other}; give each its own"
+        if fault:
+            raise ValueError(f"{split}, row {number} (id {row['id']}) has {fault}")
+
+
+def _fault(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row; None where nothing is."""
+    if not isinstance(row["question"], str) or not row["question"].strip():
+        return "no text as question"
+    if not isinstance(row.get("answer"), str | int | float | None):
+        return f"an answer that is no text: {row['answer']}"
+    fault = _fault_of_lists(row["context"], "context", "sentences")
+    if not fault and row.get("supporting_facts") is not None:
+        fault = _fault_of_lists(row["supporting_facts"], "supporting_facts", "sent_id")
+    if fault:
+        return fault
+    if not row["context"]["title"]:
+        return "no paragraphs"
+    for title, paragraph in zip(row["context"]["title"], row["context"]["sentences"], strict=True):
+        if not isinstance(paragraph, list) or not all(isinstance(sentence, str) for sentence in paragraph):
+            return f"a paragraph ({title}) that is no list of sentences: {paragraph}"
+    return None
+
+
+def _fault_of_lists(found: Any, column: str, other: str) -> str | None:
+    """What is wrong with titles and what belongs to each of them, a list each."""
+    if not isinstance(found, Mapping) or not all(isinstance(found.get(name), list) for name in ("title", other)):
+        return f"a {column} of another form; expected lists of title and {other}, as in hotpotqa/hotpot_qa on the Hub"
+    titles, others = found["title"], found[other]
+    if len(titles) != len(others):
+        return f"a {column} with {len(titles)} entries in title and {len(others)} in {other}"
+    if None in others or not all(isinstance(title, str) for title in titles):
+        return f"a {column} in which a title is no text, or there is nothing for it: {titles}, {others}"
+    return None
 
 
 def encode_questions(
@@ -94,15 +124,17 @@ def encode_questions(
     """Tokens, offsets and answers of all questions; the log says in how many the answer was not found.
 
     Columns of the result, p running over the paragraphs of a question:
-        id, question (text), paragraphs (p,) (text), answer (text; "" where unknown), kind: yes, no, span or none (not
-        found), question_ids, title_ids (p, tokens), text_ids (p, tokens), text_starts and text_ends (p, tokens): the
-        characters of each token, supporting (p,) bool, spans (p, occurrences, 2): first and last token of the answer.
+        id, question (text), context (text that answers are taken from), answer (text; "" where unknown), kind: yes,
+        no, span or none (not found), question_ids, title_ids (p, tokens), text_ids (p, tokens), text_starts and
+        text_ends (p, tokens): the characters of each token in the context, supporting (p,) bool, spans (p,
+        occurrences, 2): first and last token of the answer in a paragraph.
     """
     check_questions(dataset, split)
     encoded = dataset.map(
-        _encode,
+        _encoded_question,
         fn_kwargs={"tokenizer": tokenizer, "limits": limits},
         remove_columns=dataset.column_names,
+        features=ENCODED_FEATURES,
         num_proc=num_workers,
         desc=f"Tokens of {split}",
     )
@@ -118,38 +150,50 @@ def encode_questions(
     return encoded
 
 
-def _encode(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> dict[str, Any]:
-    titles = [title or "" for title in example["context"]["title"]]
-    sentences = [[one or "" for one in paragraph] for paragraph in example["context"]["sentences"]]
+def _encoded_question(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> dict[str, Any]:
+    titles, sentences = example["context"]["title"], example["context"]["sentences"]
     paragraphs = ["".join(paragraph) for paragraph in sentences]
     room = limits.max_paragraph_length - 2  # title and text marker
     plain: Mapping[str, Any] = {"add_special_tokens": False, "truncation": True}
     title_ids = tokenizer(titles, max_length=room // 2, **plain)["input_ids"]
     texts = tokenizer(paragraphs, max_length=room, return_offsets_mapping=True, **plain)
     lengths = [min(len(t), room - len(title)) for t, title in zip(texts["input_ids"], title_ids, strict=True)]
-    offsets = [pairs[:length] for pairs, length in zip(texts["offset_mapping"], lengths, strict=True)]
+    offsets = [
+        _offsets(pairs[:length], text)
+        for pairs, length, text in zip(texts["offset_mapping"], lengths, paragraphs, strict=True)
+    ]
 
     facts = example.get("supporting_facts") or {"title": [], "sent_id": []}
-    answer = (example.get("answer") or "").strip()
+    answer = "" if example.get("answer") is None else str(example["answer"]).strip()
     kind = answer.lower() if answer.lower() in ("yes", "no") else "span"
     spans: list[list[list[int]]] = [[] for _ in paragraphs]
     if answer and kind == "span":
         found = answer_characters(answer, titles, sentences, facts)
         spans = [token_spans(pairs, places) for pairs, places in zip(offsets, found, strict=True)]
+    question_length = min(limits.max_question_length, limits.max_length // 2)
+    begins = np.cumsum([len(YES_AND_NO), *map(len, paragraphs)]).tolist()
     return {
-        "id": example["id"],
+        "id": str(example["id"]),
         "question": example["question"],
-        "paragraphs": paragraphs,
+        "context": YES_AND_NO + "".join(paragraphs),
         "answer": answer,
         "kind": "none" if kind == "span" and not any(spans) else kind,
-        "question_ids": tokenizer(example["question"], max_length=limits.max_question_length, **plain)["input_ids"],
+        "question_ids": tokenizer(example["question"], max_length=question_length, **plain)["input_ids"],
         "title_ids": title_ids,
         "text_ids": [ids[:length] for ids, length in zip(texts["input_ids"], lengths, strict=True)],
-        "text_starts": [[start for start, _ in pairs] for pairs in offsets],
-        "text_ends": [[end for _, end in pairs] for pairs in offsets],
+        "text_starts": [[begin + start for start, _ in pairs] for begin, pairs in zip(begins, offsets, strict=False)],
+        "text_ends": [[begin + end for _, end in pairs] for begin, pairs in zip(begins, offsets, strict=False)],
         "supporting": [title in set(facts["title"]) for title in titles],
         "spans": spans,
     }
+
+
+def _offsets(pairs: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """The characters of each token, (first, past the last), with the combining marks that follow."""
+    ends = past_marks(np.array([end for _, end in pairs], dtype=int), text).tolist()
+    return [(start, end) for (start, _), end in zip(pairs, ends, strict=True)]
 
 
 def answer_characters(

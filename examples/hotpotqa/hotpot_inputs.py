@@ -10,7 +10,6 @@ one occurrence of the answer is drawn, anew for each epoch.
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,13 +17,24 @@ from inspect import signature
 from typing import Any
 
 import torch
-from datasets import Dataset
-from hotpot_data import NO, QUESTION, TEXT, TITLE, YES, Limits, logger
+from datasets import Dataset, Features, List, Value
+from hotpot_data import NO, NO_CHARACTERS, QUESTION, TEXT, TITLE, YES, YES_CHARACTERS, Limits, logger
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-NO_POSITION = 2**20  # past any input: models ignore the loss of such positions
-NOT_TEXT, YES_SPAN, NO_SPAN = -1, -2, -3  # in `paragraph`, beside the paragraphs' numbers
+from cmp_trainer.ablations.crop_collator import CmpCropCollator
+from cmp_trainer.data.answer_batches import AnswerCollator, padding_multiple
+from cmp_trainer.data.windows import NO_LABEL
+
+NOT_TEXT, YES_SPAN, NO_SPAN = -1, -2, -3  # in `segments`, beside the paragraphs' numbers
+TOKEN_FEATURES = Features(
+    {
+        "example_index": Value("int64"),
+        "token_starts": List(Value("int32")),
+        "token_ends": List(Value("int32")),
+        "segments": List(Value("int32")),
+    }
+)
 
 
 @dataclass
@@ -32,31 +42,35 @@ class Input:
     """One input and what its tokens are, all lists of the same length.
 
     Attributes:
-        paragraph: number of the paragraph whose text the token is of; NOT_TEXT, YES_SPAN or NO_SPAN otherwise.
-        token: which token of that text it is.
+        segments: number of the paragraph whose text the token is of; NOT_TEXT, YES_SPAN or NO_SPAN otherwise.
+        token_starts, token_ends: the token's characters in the question's context; -1 where an answer cannot be.
     """
 
     input_ids: list[int] = field(default_factory=list)
     token_type_ids: list[int] = field(default_factory=list)
     global_attention_mask: list[int] = field(default_factory=list)
     crop_segments: list[int] = field(default_factory=list)
-    paragraph: list[int] = field(default_factory=list)
-    token: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    token_starts: list[int] = field(default_factory=list)
+    token_ends: list[int] = field(default_factory=list)
 
     def add(
         self,
         ids: Sequence[int],
         kind: int,
         is_global: bool,
-        segment: int = 0,
-        paragraph: int = NOT_TEXT,
+        removable: int = 0,
+        segment: int = NOT_TEXT,
+        characters: Sequence[Sequence[int]] | None = None,
     ) -> None:
+        starts, ends = characters or ([-1] * len(ids), [-1] * len(ids))
         self.input_ids += ids
         self.token_type_ids += [kind] * len(ids)
         self.global_attention_mask += [int(is_global)] * len(ids)
-        self.crop_segments += [segment] * len(ids)
-        self.paragraph += [paragraph] * len(ids)
-        self.token += range(len(ids))
+        self.crop_segments += [removable] * len(ids)
+        self.segments += [segment] * len(ids)
+        self.token_starts += starts
+        self.token_ends += ends
 
 
 class InputBuilder:
@@ -65,18 +79,10 @@ class InputBuilder:
     Args:
         tokenizer: with the markers.
         limits: lengths in tokens.
-        model: decides which columns are made (token types, global attention) and how long inputs may be.
-
-    Raises:
-        ValueError: the model takes no inputs of that length.
+        model: decides which columns are made (token types, global attention).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: Limits, model: Any):
-        longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
-        if limits.max_length > longest:
-            raise ValueError(
-                f"--max_length {limits.max_length}, but the model takes at most {longest} tokens; lower it"
-            )
         self.limits = limits
         self.columns = {"token_type_ids", "global_attention_mask"} & set(signature(model.forward).parameters)
         if "token_type_ids" not in tokenizer.model_input_names:
@@ -97,23 +103,28 @@ class InputBuilder:
         """The input with the paragraphs `order`, each cut to `longest` tokens, all together cut to fit."""
         made = Input()
         made.add([self.first], 0, False)
-        made.add([self.yes], 0, True, paragraph=YES_SPAN)
-        made.add([self.no], 0, True, paragraph=NO_SPAN)
+        for marker, segment, (start, end) in (
+            (self.yes, YES_SPAN, YES_CHARACTERS),
+            (self.no, NO_SPAN, NO_CHARACTERS),
+        ):
+            made.add([marker], 0, True, segment=segment, characters=([start], [end]))
         made.add([self.question, *encoded["question_ids"]], 0, True)
         made.add([self.last], 0, False)
         room, distractors = self.room(encoded), 0
         for number in order:
             distractors += not encoded["supporting"][number]
-            segment = 0 if encoded["supporting"][number] else distractors
+            removable = 0 if encoded["supporting"][number] else distractors
             allowed = min(longest, room)
             title = encoded["title_ids"][number][: max(0, allowed - 2)]
-            text = encoded["text_ids"][number][: max(0, allowed - 2 - len(title))]
+            left = max(0, allowed - 2 - len(title))
+            columns = ("text_ids", "text_starts", "text_ends")
+            text, *characters = (encoded[column][number][:left] for column in columns)
             if not text:
                 continue
-            made.add([self.title], 1, True, segment)
-            made.add(title, 1, False, segment)
-            made.add([self.text], 1, True, segment)
-            made.add(text, 1, False, segment, number)
+            made.add([self.title], 1, True, removable)
+            made.add(title, 1, False, removable)
+            made.add([self.text], 1, True, removable)
+            made.add(text, 1, False, removable, number, characters)
             room -= 2 + len(title) + len(text)
         made.add([self.last], 1, False)
         return made
@@ -121,7 +132,7 @@ class InputBuilder:
     def row(self, made: Input, encoded: dict[str, Any], pick: random.Random | None = None) -> dict[str, Any]:
         """What the model takes, with the positions of one occurrence of the answer: drawn by `pick`, or the first."""
         places = answer_places(made, encoded)
-        start, end = (NO_POSITION, NO_POSITION) if not places else pick.choice(places) if pick else places[0]
+        start, end = (NO_LABEL, NO_LABEL) if not places else pick.choice(places) if pick else places[0]
         row: dict[str, Any] = {"input_ids": made.input_ids, "attention_mask": [1] * len(made.input_ids)}
         row |= {name: getattr(made, name) for name in sorted(self.columns)}
         return row | {"crop_segments": made.crop_segments, "start_positions": start, "end_positions": end}
@@ -130,10 +141,10 @@ class InputBuilder:
 def answer_places(made: Input, encoded: dict[str, Any]) -> list[tuple[int, int]]:
     """Where in an input the answer stands, as first and last position."""
     if encoded["kind"] in ("yes", "no"):
-        position = made.paragraph.index(YES_SPAN if encoded["kind"] == "yes" else NO_SPAN)
+        position = made.segments.index(YES_SPAN if encoded["kind"] == "yes" else NO_SPAN)
         return [(position, position)]
-    starts = {number: position for position, number in reversed(list(enumerate(made.paragraph))) if number >= 0}
-    kept = Counter(number for number in made.paragraph if number >= 0)
+    starts = {number: position for position, number in reversed(list(enumerate(made.segments))) if number >= 0}
+    kept = Counter(number for number in made.segments if number >= 0)
     return [
         (starts[number] + first, starts[number] + last)
         for number, spans in enumerate(encoded["spans"])
@@ -159,7 +170,12 @@ class TrainingInputs(torch.utils.data.Dataset):
         self.encoded, self.builder, self.num_paragraphs, self.seed = encoded, builder, num_paragraphs, seed
         self.epoch = 0
         rows = tqdm(range(len(encoded)), desc="Training inputs", disable=len(encoded) < 1000)
-        self.rows = [row for row in rows if self._row(row)["start_positions"] != NO_POSITION]
+        self.rows, self.not_croppable = [], 0  # the rows with an answer, and how many of them have no distractor
+        for row in rows:
+            made = self._row(row)
+            if made["start_positions"] != NO_LABEL:
+                self.rows.append(row)
+                self.not_croppable += not any(made["crop_segments"])
         if not self.rows:
             raise ValueError(
                 "no question of the training data has an answer that fits into the input; raise the limits"
@@ -169,6 +185,25 @@ class TrainingInputs(torch.utils.data.Dataset):
                 "train: %d of %d questions are left out, their answer is not in the input",
                 len(encoded) - len(self.rows),
                 len(encoded),
+            )
+
+    def check_crops(self, num_crops: int) -> None:
+        """Say how many questions have no paragraph that a crop could remove.
+
+        Raises:
+            ValueError: crops were asked for, and no question has any.
+        """
+        if num_crops and self.not_croppable == len(self):
+            raise ValueError(
+                f"--cmp_num_crops {num_crops}, but no training question has a paragraph to remove: all paragraphs "
+                "of its input are supporting. Pass contexts with distractors, raise --num_paragraphs or --max_length, "
+                "or leave out --cmp_num_crops"
+            )
+        if num_crops and self.not_croppable:
+            logger.warning(
+                "train: %d of %d questions have no paragraph to remove: their cropped variants are the full input",
+                self.not_croppable,
+                len(self),
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -227,22 +262,43 @@ class EvaluationInputs(torch.utils.data.Dataset):
         return len(self.encoded)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.builder.row(self.made(index), self.encoded[index])
-
-    def made(self, index: int) -> Input:
         encoded: dict[str, Any] = self.encoded[index]
-        return self.builder.build(encoded, self._order(encoded), self.builder.limits.max_paragraph_length)
+        return self.builder.row(_evaluated(encoded, self.builder, self.num_paragraphs), encoded)
 
-    def _order(self, encoded: dict[str, Any]) -> list[int]:
-        order = list(range(len(encoded["supporting"])))
-        if self.num_paragraphs is None:
-            return order
-        return keep_supporting(order, encoded["supporting"], self.num_paragraphs)
+    def tokens(self) -> Dataset:
+        """What the tokens of each input are, as `cmp_trainer.data.answers.read_answers` takes it."""
+        return self.encoded.map(
+            _tokens_of,
+            with_indices=True,
+            fn_kwargs={"builder": self.builder, "num_paragraphs": self.num_paragraphs},
+            remove_columns=self.encoded.column_names,
+            features=TOKEN_FEATURES,
+            desc="Tokens of answers",
+        )
 
     def _is_cut(self, index: int) -> bool:
         encoded: dict[str, Any] = self.encoded[index]
         lengths = self.builder.lengths(encoded)
-        return sum(lengths[number] for number in self._order(encoded)) > self.builder.room(encoded)
+        order = _evaluated_order(encoded, self.num_paragraphs)
+        return sum(lengths[number] for number in order) > self.builder.room(encoded)
+
+
+def _evaluated(encoded: dict[str, Any], builder: InputBuilder, num_paragraphs: int | None) -> Input:
+    order = _evaluated_order(encoded, num_paragraphs)
+    return builder.build(encoded, order, builder.limits.max_paragraph_length)
+
+
+def _evaluated_order(encoded: dict[str, Any], num_paragraphs: int | None) -> list[int]:
+    order = list(range(len(encoded["supporting"])))
+    return order if num_paragraphs is None else keep_supporting(order, encoded["supporting"], num_paragraphs)
+
+
+def _tokens_of(
+    encoded: dict[str, Any], index: int, builder: InputBuilder, num_paragraphs: int | None
+) -> dict[str, Any]:
+    made = _evaluated(encoded, builder, num_paragraphs)
+    names = ("token_starts", "token_ends", "segments")
+    return {"example_index": index, **{name: getattr(made, name) for name in names}}
 
 
 def keep_supporting(order: Sequence[int], supporting: Sequence[bool], number: int) -> list[int]:
@@ -256,10 +312,14 @@ def keep_supporting(order: Sequence[int], supporting: Sequence[bool], number: in
     return [one for one in order if supporting[one] or one in kept]
 
 
-def padding_multiple(model: Any) -> int:
-    """What inputs are padded to a multiple of: the attention window of models that have one, otherwise 8."""
-    window = getattr(model.config, "attention_window", 8)
-    return max(window) if isinstance(window, Sequence) else window
+def collator_of(tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int) -> CmpCropCollator:
+    """Pads to a multiple of the attention window in models that have one, which pad their inputs to it anyway."""
+    window = getattr(model.config, "attention_window", None)
+    if window is None:
+        multiple = padding_multiple(max_length)
+    else:
+        multiple = max(window) if isinstance(window, Sequence) else window
+    return CmpCropCollator(tokenizer, AnswerCollator(tokenizer, multiple))
 
 
 def _sequence_edges(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
