@@ -41,6 +41,10 @@ TINY = {
     "max_position_embeddings": 64,
 }
 
+TOWNS = about(CONTEXT, "nine old towns")[0]
+UNANSWERABLE = {**TOWNS, "answers": {"text": [""], "answer_start": [-1]}}
+OFF_BY_ONE = {**TOWNS, "answers": {"text": ["nine old towns"], "answer_start": [CONTEXT.index("nine") + 1]}}
+
 
 @pytest.fixture(scope="module")
 def bert_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,7 +54,9 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
 # --- the run ---
 
 
-def write_small_data(folder: Path, tokenizer: PreTrainedTokenizerFast, v2: bool = False) -> list[str]:
+def write_small_data(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, v2: bool = False, positions: int = 64
+) -> list[str]:
     """A tiny model and files of few questions; the arguments that use them."""
     words = ["river", "nine old towns", "lake", "north", "name", "map"]
     rows = [
@@ -59,7 +65,8 @@ def write_small_data(folder: Path, tokenizer: PreTrainedTokenizerFast, v2: bool 
     ]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     torch.manual_seed(0)
-    BertForQuestionAnswering(BertConfig(**TINY)).save_pretrained(folder / "model")
+    config = BertConfig(**{**TINY, "max_position_embeddings": positions})
+    BertForQuestionAnswering(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return [
         f"--model_name_or_path={folder / 'model'}",
@@ -120,7 +127,33 @@ def test_a_test_file_without_answers_is_predicted_and_not_scored(tmp_path, bert_
     (tmp_path / "test.json").write_text(json.dumps([{k: r[k] for k in r if k != "answers"} for r in rows]))
     main([*arguments, "--do_predict", f"--test_file={tmp_path / 'test.json'}"])
     assert len(json.loads((tmp_path / "out" / "test_predictions.json").read_text())) == 6
-    assert "test_f1" not in json.loads((tmp_path / "out" / "test_results.json").read_text())
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert not {"test_f1", "test_loss"} & set(results)
+
+
+def test_every_file_is_json_also_where_a_context_is_empty(tmp_path, bert_tokenizer):
+    arguments = write_small_data(tmp_path, bert_tokenizer)
+    rows = [{**UNANSWERABLE, "context": ""}, {**TOWNS, "id": "q1"}]
+    (tmp_path / "dev.json").write_text(json.dumps(rows))
+    files = [f"--validation_file={tmp_path / 'dev.json'}", "--version_2_with_negative=true"]
+    main([*arguments, "--do_eval", *files, "--null_score_diff_threshold=1e9"])
+    written = sorted((tmp_path / "out").glob("eval_*.json"))
+    found = {path.name: json.loads(path.read_text(), parse_constant=pytest.fail) for path in written}
+    assert set(found["eval_null_odds.json"]) == {"q0", "q1"}
+    assert found["eval_predictions.json"]["q0"] == "" != found["eval_predictions.json"]["q1"]
+
+
+@pytest.mark.parametrize("length", [65, 0])
+def test_inputs_that_the_model_does_not_take_are_refused_at_the_start(length, tmp_path, bert_tokenizer):
+    arguments = write_small_data(tmp_path, bert_tokenizer)
+    (tmp_path / "rows.json").unlink()  # nothing is read before
+    with pytest.raises(ValueError, match=f"--max_seq_length {length}"):
+        main.__wrapped__([*arguments, "--do_train", f"--max_seq_length={length}"])
+
+
+def test_inputs_of_the_longest_length_are_not_padded_past_it(tmp_path, bert_tokenizer):
+    arguments = write_small_data(tmp_path, bert_tokenizer, positions=30)
+    main([*arguments, "--do_eval", "--max_seq_length=30"])
 
 
 PUBLISHED = {  # model, max length, learning rate, epochs, batch, baseline
@@ -158,9 +191,6 @@ def test_there_is_no_config_beside_the_published_ones():
 
 # --- the command `cmp-trainer curve` gives the same numbers ---
 
-TOWNS = about(CONTEXT, "nine old towns")[0]
-UNANSWERABLE = {**TOWNS, "answers": {"text": [""], "answer_start": [-1]}}
-OFF_BY_ONE = {**TOWNS, "answers": {"text": ["nine old towns"], "answer_start": [CONTEXT.index("nine") + 1]}}
 FILES = {
     "v1": ([TOWNS, {**TOWNS, "question": "which lake?"}], []),
     "v2": ([TOWNS, UNANSWERABLE, {**TOWNS, "is_impossible": True}, TOWNS], []),
