@@ -583,22 +583,28 @@ def test_a_batch_without_any_label_has_no_positions(bert_tokenizer):
     assert set(collator([{"input_ids": [2, 3]}])) == {"input_ids", "attention_mask"}
 
 
-LOSSES = [(1.5, None), (1.5, 2.0), (None, None)]  # of two processes, for three batches
+LOSSES = [(1.5, None), (1.5, 2.0), (None, None)]  # of two processes, for three batches; None has no label
 
 
 def losses_in_each_process(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    accelerator = Accelerator(cpu=True)
-    own = [None if losses[rank] is None else torch.tensor(losses[rank]) for losses in LOSSES]
-    found = [loss_of_all(loss, accelerator) for loss in own]
-    Path(folder, str(rank)).write_text(json.dumps([None if loss is None else loss.item() for loss in found]))
+    accelerator, found = Accelerator(cpu=True), []
+    collator = AnswerCollator(wrapped(word_pieces()))
+    for losses in LOSSES:
+        is_labelled = losses[rank] is not None
+        position = 1 if is_labelled else NO_LABEL
+        batch = collator([{"input_ids": [2, 5, 3], "start_positions": position, "end_positions": position}])
+        loss = loss_of_all(torch.tensor(losses[rank] if is_labelled else torch.nan), batch, accelerator)
+        found.append(None if loss is None else loss.item())
+    found.append(loss_of_all(None, {"input_ids": torch.ones(1, 3)}, accelerator))  # data without positions
+    Path(folder, str(rank)).write_text(json.dumps(found))
 
 
 def test_every_process_has_a_loss_or_none_has(tmp_path):
     torch.multiprocessing.spawn(losses_in_each_process, (free_port(), str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
-    assert (first, second) == ([1.5, 1.5, None], [1.5, 2.0, None])
+    assert (first, second) == ([1.5, 1.5, None, None], [1.5, 2.0, None, None])
 
 
 # --- metrics ---

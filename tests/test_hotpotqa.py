@@ -234,34 +234,27 @@ def test_training_without_any_answer_is_refused(tokenizer, encoded):
 TITLES, SENTENCES = (QUESTIONS[1]["context"][name] for name in ("title", "sentences"))
 
 
+def context(titles, sentences):
+    return {"context": {"title": titles, "sentences": sentences}}
+
+
+def facts(titles, numbers):
+    return {"supporting_facts": {"title": titles, "sent_id": numbers}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"question": " "}, "no text as question"),
-        (
-            {"context": {"title": ["One"], "sentences": [["A."], ["B."]]}},
-            "a context with 1 entries in title and 2 in sen",
-        ),
-        ({"context": {"title": [], "sentences": []}}, "no paragraphs"),
-        ({"context": {"title": None, "sentences": SENTENCES}}, "a context of another form; expected lists of title"),
-        ({"context": {"title": TITLES, "sentences": None}}, "a context of another form; expected lists of title and"),
-        ({"context": {"title": [None, *TITLES[1:]], "sentences": SENTENCES}}, "a context in which a title is no text"),
-        (
-            {"context": {"title": TITLES, "sentences": [None, *SENTENCES[1:]]}},
-            "a context in which .* there is nothing",
-        ),
-        (
-            {"context": {"title": TITLES, "sentences": [["A.", None], *SENTENCES[1:]]}},
-            r"a paragraph \(Town 1\) that is no",
-        ),
-        (
-            {"supporting_facts": {"title": ["Lake"], "sent_id": [0, 1]}},
-            "a supporting_facts with 1 entries in title and 2",
-        ),
-        (
-            {"supporting_facts": {"title": ["Lake"], "sent_id": [None]}},
-            "a supporting_facts in which a title is no text",
-        ),
+        (context(["One"], [["A."], ["B."]]), "1 entries in the title of context and 2 in its sentences"),
+        (context([], []), "no paragraphs"),
+        (context(None, SENTENCES), "context of another form; expected lists of title and sentences"),
+        (context(TITLES, None), "context of another form; expected lists of title and sentences"),
+        (context([None, *TITLES[1:]], SENTENCES), "no text as title 1 of context, but None"),
+        (context(TITLES, [None, *SENTENCES[1:]]), "no list as sentences 1 of context, but None"),
+        (context(TITLES, [["A.", None], *SENTENCES[1:]]), "a sentence that is no text in paragraph 1"),
+        (facts(["Lake"], [0, 1]), "1 entries in the title of supporting_facts and 2 in its sent_id"),
+        (facts(["Lake"], [None]), "no int as sent_id 1 of supporting_facts, but None"),
         ({"id": "q0"}, "the id of row 1; give each its own"),
     ],
 )
@@ -279,9 +272,7 @@ def test_a_row_without_id_is_refused(tokenizer):
 
 @pytest.mark.parametrize("change", [{"context": "Here."}, {"supporting_facts": [["Lake", "0"]]}])
 def test_columns_of_another_form_are_refused(tokenizer, change):
-    with pytest.raises(
-        ValueError, match=r"row 1 \(id q0\) has a (context|supporting_facts) of another form; expected"
-    ):
+    with pytest.raises(ValueError, match=r"row 1 \(id q0\) has (context|supporting_facts) of another form; expected"):
         encode_questions(Dataset.from_list([QUESTIONS[0] | change]), tokenizer, LIMITS, "train")
 
 
@@ -455,6 +446,7 @@ def test_unlabelled_questions_are_predicted_and_not_scored(folder):
 def test_batches_without_a_label_do_not_count_in_the_loss(folder):
     arguments = ["--model_name_or_path", str(folder / "model"), "--do_eval", "--max_length", "128"]
     arguments += ["--report_to", "none", "--use_cpu", "--per_device_eval_batch_size", "1"]
+    arguments += ["--logging_nan_inf_filter", "false"]  # transformers 5 would leave NaN out, 4 would not
     losses = []
     for name, rows in (("labelled", QUESTIONS[:3]), ("all", QUESTIONS)):  # the answer of the last is not found
         file, output = folder / f"{name}.jsonl", folder / f"{name}_evaluated"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from cmp_trainer.data.windows import NO_LABEL
@@ -21,6 +21,8 @@ POSITIONS = ("start_positions", "end_positions")
 class AnswerCollator:
     """Pads inputs on the right, and takes the positions out of a batch in which no example has a label.
 
+    Where several processes evaluate together they stay in: all must have a loss or none, see `loss_of_all`.
+
     Args:
         tokenizer: pads; its padding side becomes the right, as positions count from the left.
         pad_to_multiple_of: passed to `DataCollatorWithPadding`.
@@ -30,10 +32,11 @@ class AnswerCollator:
         tokenizer.padding_side = "right"
         self.pad_to_multiple_of = pad_to_multiple_of
         self.collator: Callable[[Any], Any] = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+        self.is_alone = not (distributed.is_available() and distributed.is_initialized())
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
-        labelled = any(one.get(POSITIONS[0], NO_LABEL) != NO_LABEL for one in features)
-        left_out = () if labelled else POSITIONS
+        is_labelled = any(one.get(POSITIONS[0], NO_LABEL) != NO_LABEL for one in features)
+        left_out = POSITIONS if self.is_alone and not is_labelled else ()
         return self.collator([{name: one[name] for name in one if name not in left_out} for one in features])
 
 
@@ -46,19 +49,23 @@ def padding_multiple(max_length: int, multiple: int = 8) -> int | None:
     return multiple if max_length % multiple == 0 else None
 
 
-def loss_of_all(loss: Tensor | None, accelerator: Any) -> Tensor | None:
+def loss_of_all(loss: Tensor | None, inputs: Mapping[str, Any], accelerator: Any) -> Tensor | None:
     """The loss of a batch, which every process has or none: one without a label takes the mean of the others'.
 
     A Trainer gathers the losses of all processes, and would wait for one that has none.
 
     Args:
-        loss: of this process's batch; None where it has no label.
+        loss: of this process's batch; None where it has no positions, NaN where these are no labels.
+        inputs: the batch.
         accelerator: the Trainer's.
     """
     if accelerator.num_processes == 1:
         return loss
+    is_labelled = loss is not None and bool((inputs[POSITIONS[0]] != NO_LABEL).any())
     own = torch.zeros(2, device=accelerator.device)  # the loss, and whether there is one
-    if loss is not None:
+    if loss is not None and is_labelled:
         own = torch.stack([loss.detach().float().mean(), torch.ones_like(own[0])])
     total, count = accelerator.reduce(own, "sum")
-    return loss if loss is not None or not count else total / count
+    if not count:
+        return None
+    return loss if is_labelled else total / count

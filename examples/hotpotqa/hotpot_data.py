@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf  # List from datasets 4 on
 from transformers import PreTrainedTokenizerBase
 
 from cmp_trainer.data.windows import past_marks
@@ -33,10 +34,10 @@ YES, NO, QUESTION, TITLE, TEXT = "<|yes|>", "<|no|>", "<|question|>", "<|title|>
 ENCODED_FEATURES = Features(
     {
         **dict.fromkeys(("id", "question", "context", "answer", "kind"), Value("string")),
-        "question_ids": List(Value("int32")),
-        **dict.fromkeys(("title_ids", "text_ids", "text_starts", "text_ends"), List(List(Value("int32")))),
-        "supporting": List(Value("bool")),
-        "spans": List(List(List(Value("int32")))),
+        "question_ids": ListOf(Value("int32")),
+        **dict.fromkeys(("title_ids", "text_ids", "text_starts", "text_ends"), ListOf(ListOf(Value("int32")))),
+        "supporting": ListOf(Value("bool")),
+        "spans": ListOf(ListOf(ListOf(Value("int32")))),
     }
 )
 
@@ -93,28 +94,32 @@ def _fault(row: Mapping[str, Any]) -> str | None:
         return "no text as question"
     if not isinstance(row.get("answer"), str | int | float | None):
         return f"an answer that is no text: {row['answer']}"
-    fault = _fault_of_lists(row["context"], "context", "sentences")
+    fault = _fault_of_lists(row["context"], "context", "sentences", list)
     if not fault and row.get("supporting_facts") is not None:
-        fault = _fault_of_lists(row["supporting_facts"], "supporting_facts", "sent_id")
+        fault = _fault_of_lists(row["supporting_facts"], "supporting_facts", "sent_id", int)
     if fault:
         return fault
-    if not row["context"]["title"]:
+    paragraphs = row["context"]["sentences"]
+    if not paragraphs:
         return "no paragraphs"
-    for title, paragraph in zip(row["context"]["title"], row["context"]["sentences"], strict=True):
-        if not isinstance(paragraph, list) or not all(isinstance(sentence, str) for sentence in paragraph):
-            return f"a paragraph ({title}) that is no list of sentences: {paragraph}"
+    for number, paragraph in enumerate(paragraphs, start=1):
+        if not all(isinstance(sentence, str) for sentence in paragraph):
+            return f"a sentence that is no text in paragraph {number}: {paragraph}"
     return None
 
 
-def _fault_of_lists(found: Any, column: str, other: str) -> str | None:
+def _fault_of_lists(found: Any, column: str, other: str, kind: type) -> str | None:
     """What is wrong with titles and what belongs to each of them, a list each."""
     if not isinstance(found, Mapping) or not all(isinstance(found.get(name), list) for name in ("title", other)):
-        return f"a {column} of another form; expected lists of title and {other}, as in hotpotqa/hotpot_qa on the Hub"
+        return f"{column} of another form; expected lists of title and {other}, as in hotpotqa/hotpot_qa on the Hub"
     titles, others = found["title"], found[other]
     if len(titles) != len(others):
-        return f"a {column} with {len(titles)} entries in title and {len(others)} in {other}"
-    if None in others or not all(isinstance(title, str) for title in titles):
-        return f"a {column} in which a title is no text, or there is nothing for it: {titles}, {others}"
+        return f"{len(titles)} entries in the title of {column} and {len(others)} in its {other}; expected as many"
+    for number, (title, one) in enumerate(zip(titles, others, strict=True), start=1):
+        if not isinstance(title, str):
+            return f"no text as title {number} of {column}, but {title!r}"
+        if not isinstance(one, kind):
+            return f"no {kind.__name__} as {other} {number} of {column}, but {one!r}"
     return None
 
 

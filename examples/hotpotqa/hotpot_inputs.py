@@ -17,7 +17,8 @@ from inspect import signature
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf  # List from datasets 4 on
 from hotpot_data import NO, NO_CHARACTERS, QUESTION, TEXT, TITLE, YES, YES_CHARACTERS, Limits, logger
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -30,9 +31,9 @@ NOT_TEXT, YES_SPAN, NO_SPAN = -1, -2, -3  # in `segments`, beside the paragraphs
 TOKEN_FEATURES = Features(
     {
         "example_index": Value("int64"),
-        "token_starts": List(Value("int32")),
-        "token_ends": List(Value("int32")),
-        "segments": List(Value("int32")),
+        "token_starts": ListOf(Value("int32")),
+        "token_ends": ListOf(Value("int32")),
+        "segments": ListOf(Value("int32")),
     }
 )
 

@@ -137,10 +137,10 @@ class HotpotTrainer(CmpTrainer):
         metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{name}": one for name, one in scores.items()}}
         return output._replace(metrics=metrics)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """The Trainer's, without labels, which no metric needs, and with a loss in every process or in none."""
-        loss, logits, _ = super().prediction_step(*args, **kwargs)
-        return loss_of_all(loss, self.accelerator), logits, None
+        loss, logits, _ = super().prediction_step(model, inputs, *args, **kwargs)
+        return loss_of_all(loss, inputs, self.accelerator), logits, None
 
 
 def load(model_args: ModelArguments, data_args: HotpotArguments, splits: Sequence[str]) -> tuple[Any, Any]:

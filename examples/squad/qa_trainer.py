@@ -54,10 +54,10 @@ class QuestionAnsweringTrainer(CmpTrainer):
         metrics = {**(output.metrics or {}), **{f"{metric_key_prefix}_{name}": s for name, s in scores.items()}}
         return output._replace(metrics=metrics)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """The Trainer's, without labels, which no metric needs, and with a loss in every process or in none."""
-        loss, logits, _ = super().prediction_step(*args, **kwargs)
-        return loss_of_all(loss, self.accelerator), logits, None
+        loss, logits, _ = super().prediction_step(model, inputs, *args, **kwargs)
+        return loss_of_all(loss, inputs, self.accelerator), logits, None
 
 
 def _start_and_end(logits: tuple, labels: Any) -> tuple:
