@@ -8,23 +8,27 @@ docs/model_card_example.md with the pictures model_card_curve.png (the card's) a
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    set_seed,
+)
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
+from cmp_trainer.data.classification import METRICS
 from cmp_trainer.reports.curves import as_text, plot_curves
 from cmp_trainer.reports.model_card import CURVE_IMAGE
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "examples" / "glue"))
-from run_glue import TASKS, labels_of_task, metrics_of  # noqa: E402
-
 CLASSES = {0: "unacceptable", 1: "acceptable"}
 SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -94,11 +98,18 @@ def trained(options: argparse.Namespace, name: str, ablations: int) -> CmpTraine
         eval_dataset=data["validation"],
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=metrics_of("cola", labels_of_task(TASKS["cola"], model.config)),
+        compute_metrics=matthews_correlation,
     )
     trainer.train()
     trainer.save_model()
     return trainer
+
+
+def matthews_correlation(prediction: EvalPrediction) -> dict[str, float]:
+    """CoLA's metric."""
+    decided = np.asarray(prediction.predictions).argmax(-1)
+    name = "matthews_correlation"
+    return {name: METRICS[name](decided, np.asarray(prediction.label_ids))}
 
 
 PAGE = """\

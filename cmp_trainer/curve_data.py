@@ -26,10 +26,10 @@ from cmp_trainer.ablations.crop_columns import SEGMENTS
 from cmp_trainer.data.answer_batches import AnswerCollator, padding_multiple
 from cmp_trainer.data.answer_metrics import squad_metrics
 from cmp_trainer.data.answers import AnswerSettings, read_answers
-from cmp_trainer.data.classification import collator_of, find_labels, text_columns, tokenize
+from cmp_trainer.data.classification import collator_of, encode_texts, find_labels, text_columns
 from cmp_trainer.data.lengths import longest_input
 from cmp_trainer.data.questions import read_questions, to_questions
-from cmp_trainer.data.tables import check_texts, load_file
+from cmp_trainer.data.tables import load_file, require_columns
 from cmp_trainer.data.windows import WindowSettings, evaluation_windows
 
 TASKS = ("text-classification", "question-answering", "tokenized")
@@ -98,25 +98,23 @@ def prepare(
         return _classification(rows, tokenizer, model, columns or Columns(), max_length)
     if task == "question-answering":
         return _question_answering(rows, tokenizer, max_length)
-    _require_columns(rows, ["input_ids"], task)
+    require_columns(rows, "data", ["input_ids"])
     collator = CmpCropCollator(tokenizer) if SEGMENTS in rows.column_names else DataCollatorWithPadding(tokenizer)
     return TaskData(rows, collator)
 
 
 def _classification(rows: Dataset, tokenizer: Any, model: Any, options: Columns, max_length: int) -> TaskData:
     columns = text_columns(rows, "data", options.texts, options.label)
-    check_texts(rows, "data", columns)
     labels = find_labels(
         rows, model.config, split="data", column=options.label, separator=options.separator, trained=False
     )
-    encoded = labels.encode(rows, "data", options.label)
-    dataset = tokenize(rows, columns, encoded, tokenizer, max_length)
+    dataset = encode_texts(rows, "data", columns, tokenizer, max_length, labels, options.label)
     return TaskData(dataset, collator_of(tokenizer), labels.metrics, labels.metric_names)
 
 
 def _question_answering(rows: Dataset, tokenizer: Any, max_length: int) -> TaskData:
     """What run_squad evaluates, with its defaults; questions may be unanswerable where any of them is."""
-    questions = to_questions(rows, "data")
+    questions = to_questions(rows, "data")  # changes nothing where rows_of made them
     windows, report = evaluation_windows(questions, tokenizer, WindowSettings.of_length(max_length))
     report.log("data")
     right = [answers["text"] for answers in questions["answers"][:]]
@@ -130,9 +128,3 @@ def _question_answering(rows: Dataset, tokenizer: Any, max_length: int) -> TaskD
 
     collator = AnswerCollator(tokenizer, padding_multiple(max_length))
     return TaskData(windows, collator, compute_metrics, ("exact_match", "f1"))
-
-
-def _require_columns(rows: Dataset, columns: Sequence[str], task: str) -> None:
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        raise ValueError(f"{task} needs the column {missing[0]!r}; the data has {', '.join(rows.column_names)}")

@@ -17,7 +17,7 @@ import torch
 from arguments import PrfArguments
 from collection import load_collection
 from demo_collection import write_demo
-from evaluation import CollectionResult, curve_rows, load_results, p_value, per_query, robustness_index
+from evaluation import CollectionResult, curve_rows, load_results, p_value, per_query, robustness_index, save_results
 from experiment import Experiment, check_file_names
 from feedback import FeedbackCollator, TrainingQuery, query_inputs, training_queries
 from first_pass import SparseIndex
@@ -130,6 +130,18 @@ def test_the_table_has_spread_over_folds_and_robustness_of_each_passage():
     assert [row.get("robustness of one more") for row in rows] == [None, 0.5, 0.25]
     assert rows[1]["sd nDCG@10"] == pytest.approx(np.std([1.0, 0.0], ddof=1))
     assert "| first pass |  | 0.250 |" in compare.comparison_table({"run": result})
+
+
+def test_two_folders_of_one_name_are_two_runs_of_a_comparison(tmp_path, monkeypatch, capsys):
+    for name, value in (("a", 0.25), ("b", 0.75)):
+        values = {"nDCG@10": [value, value]}
+        (tmp_path / name / "run").mkdir(parents=True)
+        result = CollectionResult(list("qr"), [0, 0], values, values, [values, values])
+        save_results({"one": result}, {}, tmp_path / name / "run" / "evaluation.json")
+    monkeypatch.setattr(sys, "argv", ["compare.py", *(str(tmp_path / name / "run") for name in "ab")])
+    compare.main()
+    table = capsys.readouterr().out
+    assert "| a/run | 0 | 0.250 |" in table and "| b/run | 0 | 0.750 |" in table
 
 
 def arguments(config: str, demo, output_dir, **changes: object) -> list[str]:

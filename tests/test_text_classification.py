@@ -102,6 +102,16 @@ def test_any_table_is_trained_on_evaluated_and_predicted(suffix, classify, tmp_p
     assert (predicted["p(bad)"] + predicted["p(good)"]).tolist() == pytest.approx([1.0] * len(ROWS), abs=1e-4)
 
 
+def test_texts_that_only_the_test_file_has_are_none_of_the_inputs(classify, tmp_path):
+    train = table(tmp_path / "train.csv")
+    plain = table(tmp_path / "plain.csv", [(text,) for text, _ in ROWS], ("text",))
+    more = table(tmp_path / "more.csv", [(text, "b b b") for text, _ in ROWS], ("text", "comment"))
+    folders = [tmp_path / name for name in ("one", "two")]
+    for test, folder in zip((plain, more), folders, strict=True):
+        classify("--do_predict", "--test_file", test, "--output_dir", folder, train=train)
+    assert folders[0].joinpath("test_predictions.csv").read_text() == (folders[1] / "test_predictions.csv").read_text()
+
+
 def test_a_test_file_with_labels_is_scored(classify, tmp_path):
     file = table(tmp_path / "rows.csv")
     assert "test_accuracy" in classify("--do_predict", "--test_file", file, train=file)

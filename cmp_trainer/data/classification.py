@@ -21,7 +21,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
-from cmp_trainer.data.tables import is_text, require_columns
+from cmp_trainer.data.tables import check_texts, is_text, require_columns
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Labels:
 
     @property
     def num_outputs(self) -> int:
+        """How many numbers the model gives for a text."""
         return len(self.names) or 1
 
     def encode(self, dataset: Dataset, split: str, column: str = "label") -> list[Any]:
@@ -221,7 +222,7 @@ def load_classifier(load: Callable[..., Any], config: Any, labels: Labels, new_h
     """A model whose head has the labels' outputs; none of an old head's settings stays.
 
     Args:
-        load: loads a model, `load(AutoModelForSequenceClassification, **settings)`; see scripting.load_pretrained.
+        load: scripting.load_pretrained with the model's name; called as `load(AutoModelForSequenceClassification, …)`.
         config: of the model that it loads.
         new_head: start with a new head also where the old one has as many outputs.
     """
@@ -269,15 +270,23 @@ def text_columns(dataset: Dataset, split: str, asked: Sequence[str] | None, labe
     return columns
 
 
-def tokenize(
+def encode_texts(
     dataset: Dataset,
+    split: str,
     columns: Sequence[str],
-    labels: Sequence[Any] | None,
     tokenizer: Any,
     max_length: int,
+    labels: Labels | None = None,
+    label_column: str = "label",
     pad_to_max_length: bool = False,
 ) -> Dataset:
-    """The model's inputs, and `labels` where there are any; the log says how many texts reach the longest input."""
+    """The model's inputs, with `labels` where the rows have some; the log counts texts that are empty or cut.
+
+    Raises:
+        ValueError: A column of another type, a missing text, or a label that is none; names the row.
+    """
+    check_texts(dataset, split, columns)
+    numbers = labels.encode(dataset, split, label_column) if labels else None
 
     def encode(batch: dict[str, list[str]]) -> Any:
         return tokenizer(
@@ -291,7 +300,7 @@ def tokenize(
     full = sum(sum(mask) == max_length for mask in encoded["attention_mask"])
     if full:
         logger.info("%d of %d inputs reach %d tokens and are cut there", full, len(dataset), max_length)
-    return encoded if labels is None else encoded.add_column("labels", list(labels))  # pyright: ignore[reportCallIssue]
+    return encoded if numbers is None else encoded.add_column("labels", numbers)  # pyright: ignore[reportCallIssue]
 
 
 def collator_of(tokenizer: Any, args: Any = None) -> DataCollatorWithPadding:

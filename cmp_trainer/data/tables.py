@@ -127,6 +127,7 @@ def is_text(feature: Any) -> bool:
 
 
 def starts_with_byte_order_mark(file: Path) -> bool:
+    """Whether the first bytes of a file only say that it is UTF-8, as Windows programs write them."""
     with file.open("rb") as opened:
         return opened.read(3) == codecs.BOM_UTF8
 

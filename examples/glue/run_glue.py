@@ -12,6 +12,7 @@ cmp_trainer/data/classification.py; run_text_classification.py is the script for
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ from cmp_trainer.data.classification import (
     Labels,
     TextArguments,
     collator_of,
+    encode_texts,
     labels_of_classes,
     load_classifier,
-    tokenize,
 )
 from cmp_trainer.data.lengths import check_length
-from cmp_trainer.data.tables import check_texts
 from cmp_trainer.scripting import (
     DataArguments,
     ModelArguments,
@@ -105,7 +105,7 @@ def main() -> None:
     config = load_pretrained(AutoConfig, name, model_args)
     labels = labels_of_task(task, config, text_args.new_head)
     model = load_classifier(
-        lambda kind, **settings: load_pretrained(kind, name, model_args, **settings),
+        partial(load_pretrained, name=name, model_args=model_args),
         config,
         labels,
         text_args.new_head,
@@ -114,11 +114,15 @@ def main() -> None:
 
     def prepare(split: str, max_samples: int | None, labelled: bool = True) -> Dataset:
         rows = take_split(splits, split, [*task.columns, *(["label"] if labelled else [])], max_samples)
-        check_texts(rows, split, task.columns)
-        encoded = labels.encode(rows, split) if labelled else None
         with args.main_process_first():
-            return tokenize(
-                rows, task.columns, encoded, tokenizer, text_args.max_seq_length, text_args.pad_to_max_length
+            return encode_texts(
+                rows,
+                split,
+                task.columns,
+                tokenizer,
+                text_args.max_seq_length,
+                labels if labelled else None,
+                pad_to_max_length=text_args.pad_to_max_length,
             )
 
     evaluation, prediction = {}, {}

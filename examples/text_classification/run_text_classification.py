@@ -11,6 +11,7 @@ cmp_trainer/data/classification.py, which `cmp-trainer curve` reads through too.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,13 @@ from cmp_trainer.data.classification import (
     Labels,
     TextArguments,
     collator_of,
+    encode_texts,
     find_labels,
     is_labelled,
     load_classifier,
     text_columns,
-    tokenize,
 )
 from cmp_trainer.data.lengths import check_length
-from cmp_trainer.data.tables import check_texts
 from cmp_trainer.scripting import (
     DataArguments,
     ModelArguments,
@@ -82,9 +82,13 @@ def main() -> None:
     name = model_args.model_name_or_path
     tokenizer = load_pretrained(AutoTokenizer, model_args.tokenizer_name or name, model_args)
     config = load_pretrained(AutoConfig, name, model_args)
-    labels = labels_of(splits, config, data_args, text_args.new_head, args)
+    # The columns are those of one split: another one may have more texts, which are none of the model's inputs.
+    first = "train" if args.do_train else "validation" if args.do_eval else "test"
+    rows = take_split(splits, first, [])
+    columns = text_columns(rows, first, data_args.text_columns, data_args.label_column)
+    labels = labels_of(rows, first, config, data_args, text_args.new_head)
     model = load_classifier(
-        lambda kind, **settings: load_pretrained(kind, name, model_args, **settings),
+        partial(load_pretrained, name=name, model_args=model_args),
         config,
         labels,
         text_args.new_head,
@@ -92,13 +96,19 @@ def main() -> None:
     check_length("--max_seq_length", text_args.max_seq_length, tokenizer, model)
 
     def prepare(split: str, max_samples: int | None) -> Dataset:
-        rows = take_split(splits, split, [], max_samples)
-        columns = text_columns(rows, split, data_args.text_columns, data_args.label_column)
-        check_texts(rows, split, columns)
-        labelled = split != "test" or is_labelled(rows, data_args.label_column)
-        encoded = labels.encode(rows, split, data_args.label_column) if labelled else None
+        labelled = split != "test" or is_labelled(take_split(splits, split, []), data_args.label_column)
+        rows = take_split(splits, split, [*columns, *([data_args.label_column] if labelled else [])], max_samples)
         with args.main_process_first():
-            return tokenize(rows, columns, encoded, tokenizer, text_args.max_seq_length, text_args.pad_to_max_length)
+            return encode_texts(
+                rows,
+                split,
+                columns,
+                tokenizer,
+                text_args.max_seq_length,
+                labels if labelled else None,
+                data_args.label_column,
+                text_args.pad_to_max_length,
+            )
 
     evaluation = {"eval": prepare("validation", data_args.max_eval_samples)} if args.do_eval else {}
     trainer = CmpTrainer(
@@ -119,12 +129,8 @@ def main() -> None:
     )
 
 
-def labels_of(
-    splits: dict[str, Dataset], config: Any, data_args: TableArguments, new_head: bool, args: CmpTrainingArguments
-) -> Labels:
-    """The labels of the data that is trained on, or else evaluated; the log says what they are."""
-    split = "train" if args.do_train else "validation" if args.do_eval else "test"
-    rows = take_split(splits, split, [])
+def labels_of(rows: Dataset, split: str, config: Any, data_args: TableArguments, new_head: bool) -> Labels:
+    """The labels of the split that is trained on, or else evaluated; the log says what they are."""
     labels = find_labels(
         rows if split != "test" or is_labelled(rows, data_args.label_column) else None,
         config,
@@ -133,7 +139,7 @@ def labels_of(
         kind=data_args.label_kind,
         separator=data_args.label_separator,
         new_head=new_head,
-        trained=args.do_train,
+        trained=split == "train",
     )
     logger.info("labels of the kind %s%s", labels.kind, f": {', '.join(labels.names)}" if labels.names else "")
     return labels
