@@ -250,7 +250,7 @@ def load_splits(data_args: DataArguments) -> dict[str, Dataset]:
         splits = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name)
     except (OSError, ValueError) as error:  # not found, no access, no network; no such configuration
         raise ValueError(
-            f"--dataset_name {data_args.dataset_name} {data_args.dataset_config_name or ''} could not be loaded "
+            f"--dataset_name {data_args.card()['dataset']} could not be loaded "
             f"({first_line(error)}). Without network, or with data of your own, pass local files: {options}"
         ) from error
     assert isinstance(splits, DatasetDict)

@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "ablations": {"ablations"},
     "losses": {"losses", "ablations"},
     "execution": {"execution", "losses", "ablations"},
+    "data": {"data", "errors"},
 }
 BELOW_THE_TRAINER = [
     *sorted(path for room in MAY_IMPORT for path in (PACKAGE / room).glob("*.py")),
