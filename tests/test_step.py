@@ -1,5 +1,6 @@
 """ComparativeStep: the loss and gradients of CmpTrainer in loops of one's own."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -35,6 +36,27 @@ def test_the_step_has_the_loss_and_gradients_of_the_trainer(forward, tmp_path):
     loss = trainer.compute_loss(model, dict(batch))
     loss.backward()
     torch.testing.assert_close(ours, (loss.detach(), gradients(model)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("execution", [{"forward": "sequential"}, {"forward": "stacked"}, {"low_memory": True}], ids=str)
+def test_no_tensor_of_a_step_waits_for_python_to_look_for_cycles(execution, layers):
+    model, batch = tiny_bert().train(), batch_of(token_data())
+    step = ComparativeStep(model, plan(2), ablated_layers=layers, **execution)
+    for _ in range(2):  # the first one makes the checks
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            step(batch).backward()
+            model.zero_grad()
+            gc.collect()
+            waiting = [one for one in gc.garbage if isinstance(one, torch.Tensor)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert not waiting
 
 
 @pytest.mark.parametrize(

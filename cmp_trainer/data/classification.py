@@ -141,13 +141,13 @@ def find_labels(
     new_head: bool = False,
     trained: bool = True,
 ) -> Labels:
-    """What the labels of a data set are and where the model has, or will have, their outputs.
+    """What the labels of a data set are, and which output of the model, or of its new head, is which class.
 
     Args:
         dataset: labelled rows; None where there are none, and the model's own classes are taken.
         config: the model's.
         kind: single, multi or scores, where it is known; otherwise the model's head decides, then the column's type.
-        new_head: the head that the model has is of no interest.
+        new_head: ignore the head that the model has.
         trained: whether it is the training data, which then has every class.
 
     Raises:
@@ -178,7 +178,7 @@ def find_labels(
 
 
 def labels_of_classes(classes: Sequence[str], config: Any, new_head: bool = False) -> Labels:
-    """Labels of these classes, one a row, or scores where there are none, and where the model has their outputs.
+    """The same for known classes, one a row; scores where there are no classes.
 
     Raises:
         ValueError: The model has a head for something else.
