@@ -39,7 +39,9 @@ def test_the_step_has_the_loss_and_gradients_of_the_trainer(forward, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [None, 1])
-@pytest.mark.parametrize("execution", [{"forward": "sequential"}, {"forward": "stacked"}, {"low_memory": True}], ids=str)
+@pytest.mark.parametrize(
+    "execution", [{"forward": "sequential"}, {"forward": "stacked"}, {"low_memory": True}], ids=str
+)
 def test_no_tensor_of_a_step_waits_for_python_to_look_for_cycles(execution, layers):
     model, batch = tiny_bert().train(), batch_of(token_data())
     step = ComparativeStep(model, plan(2), ablated_layers=layers, **execution)
