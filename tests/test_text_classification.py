@@ -212,6 +212,18 @@ def test_lists_of_class_labels_are_matched_by_name_too():
     assert Labels("multi", ("x", "y")).encode(rows, "train") == [[0, 1], [1, 1]]
 
 
+def test_a_list_of_two_numbers_is_a_row_of_indicators_only_where_all_are():
+    numbers = labelled([[0], [0, 1], [1]], Sequence(Value("int64")))
+    labels = find_labels(numbers, BertConfig())
+    assert labels.encode(numbers, "train") == [[1, 0], [1, 1], [0, 1]]
+    assert labels.encode(labelled([[0, 1]], Sequence(Value("int64"))), "validation") == [[1, 1]]
+    rows = labelled([[0, 1], [1, 1]], Sequence(Value("int64")))
+    labels = find_labels(rows, BertConfig())
+    assert labels.encode(rows, "train") == [[0, 1], [1, 1]]
+    with pytest.raises(ValueError, match=r"1 of 1 labels of validation are not rows of 2 times 0 or 1: \[1\]"):
+        labels.encode(labelled([[1]], Sequence(Value("int64"))), "validation")
+
+
 @pytest.mark.parametrize("names", [("good", "bad"), ("bad", "good"), ("GOOD", "Bad")])
 def test_a_model_with_another_order_of_classes_is_evaluated_by_name(names, classify, tmp_path):
     """All say the same of every text: what is the first output of one is the second of the other."""

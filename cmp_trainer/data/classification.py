@@ -52,12 +52,14 @@ class Labels:
         names: the classes, in the order of the model's outputs; none for scores.
         bounds: the lowest and the highest score; None: any.
         separator: what stands between the classes of one cell of a csv.
+        indicators: whether a list of multi is a row of 0 and 1, one a class, and not a list of classes.
     """
 
     kind: str
     names: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None
     separator: str | None = None
+    indicators: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -118,8 +120,8 @@ class Labels:
     def _indicators(self, value: Any) -> list[float] | None:
         if not isinstance(value, list):
             return None
-        if _is_indicator_row(value) and len(value) == len(self.names):
-            return [float(one) for one in value]
+        if self.indicators:
+            return [float(one) for one in value] if _are_indicators([value], len(self.names)) else None
         numbers = [self._number(one) for one in value]
         return None if None in numbers else [float(number in numbers) for number in range(len(self.names))]
 
@@ -127,6 +129,8 @@ class Labels:
         if self.kind == "scores":
             return f"scores from {self.bounds[0]:g} to {self.bounds[1]:g}" if self.bounds else "scores (numbers)"
         classes = _shortened(" or ".join(f"{number} ({name})" for number, name in enumerate(self.names)))
+        if self.indicators:
+            return f"rows of {len(self.names)} times 0 or 1"
         return classes if self.kind == "single" else f"lists of {classes}"
 
 
@@ -168,13 +172,14 @@ def find_labels(
     found = _classes(dataset, column, split, separator) if dataset is not None else None
     if dataset is not None and not has_head and len(found or ()) < 2 and kind == "single":
         raise ValueError(f"all labels of {split} are {', '.join(found or ())}; expected two classes or more")
+    indicators = kind == "multi" and dataset is not None and _are_indicators(_cells(dataset, column, separator))
     if not has_head:
-        return Labels(kind, tuple(found or ()), separator=separator)
+        return Labels(kind, tuple(found or ()), separator=separator, indicators=indicators)
     complete = trained or (dataset is not None and isinstance(_inner(dataset.features[column]), ClassLabel))
     names = outputs_of(found, config, complete) if found is not None else None
     if names is None and found is not None and trained:
         raise ValueError(_other_head(config, f"the classes {_shortened(', '.join(found))}"))
-    return Labels(kind, names or _names_of_head(config), separator=separator)
+    return Labels(kind, names or _names_of_head(config), separator=separator, indicators=indicators)
 
 
 def labels_of_classes(classes: Sequence[str], config: Any, new_head: bool = False) -> Labels:
@@ -406,7 +411,7 @@ def _classes(dataset: Dataset, column: str, split: str, separator: str | None) -
         raise ValueError(
             f"{len(missing)} of {len(cells)} labels of {split} are missing (first: row {missing[0]}); remove such rows"
         )
-    if all(isinstance(cell, list) and _is_indicator_row(cell) and len(cell) == len(cells[0]) for cell in cells):
+    if _are_indicators(cells):
         return [str(number) for number in range(len(cells[0]))]
     values = {one for cell in cells for one in (cell if isinstance(cell, list) else [cell])}
     fractions = [one for one in values if isinstance(one, float) and not one.is_integer()]
@@ -421,8 +426,17 @@ def _inner(feature: Any) -> Any:
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
 
 
-def _is_indicator_row(value: list[Any]) -> bool:
-    return len(value) > 1 and all(isinstance(one, int | float) and one in (0, 1) for one in value)
+def _are_indicators(cells: Sequence[Any], length: int | None = None) -> bool:
+    """Whether all cells are lists of 0 and 1, of one length and at least two; otherwise they are lists of classes."""
+    lists = [cell for cell in cells if isinstance(cell, list)]
+    length = len(lists[0]) if lists and length is None else length or 0
+    return (
+        len(lists) == len(cells)
+        and length > 1
+        and all(
+            len(cell) == length and all(one in (0, 1) and not isinstance(one, str) for one in cell) for cell in lists
+        )
+    )
 
 
 def _score(value: Any) -> float | None:
