@@ -10,7 +10,7 @@ from cmp_trainer.checks import check_launch
 
 TRAINING_SETTINGS = (
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "warmup_steps", "weight_decay", "seed",
+    "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "seed",
 )  # fmt: skip
 
 
@@ -94,5 +94,5 @@ def check_training(data_args: PrfArguments, args: CmpTrainingArguments) -> None:
 def settings_of(data_args: PrfArguments, args: CmpTrainingArguments) -> dict:
     """What the results depend on, comparable after a round trip through JSON."""
     compared = {name: value for name, value in vars(args).items() if name.startswith("cmp_")}
-    training = {name: getattr(args, name) for name in TRAINING_SETTINGS}
+    training = {name: getattr(args, name, None) for name in TRAINING_SETTINGS}
     return json.loads(json.dumps({"prf": asdict(data_args), "training": training, "comparative": compared}))

@@ -175,7 +175,7 @@ def make_trainer(
     rows, vectors = training_pool(experiment.corpus, candidates, positives)
     in_pool = {query: np.searchsorted(rows, found).tolist() for query, found in positives.items()}
     feedback = {query: found[: settings.feedback_passages] for query, found in ranked.items()}
-    queries = training_queries(train.queries, in_pool, feedback)
+    queries = training_queries(train.queries, in_pool, feedback, args.cmp_num_crops)
     logger.info("%d training queries, a pool of %d passages", len(queries), len(rows))
     collator = FeedbackCollator(
         experiment.tokenizer,

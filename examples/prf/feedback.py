@@ -1,9 +1,11 @@
 """Queries with their feedback passages, as the reformulator reads them.
 
 `[CLS] query [SEP] passage 1 [SEP] … passage k [SEP]`, each text cut to its own limit and the whole to the encoder's.
-In training the full variant of a query has a random number of feedback passages, and every crop keeps strictly fewer,
-a prefix of the same list: with c crops the 1 + c numbers are a random subset of {0, …, most}, largest first. The
-collator draws its largest here; `CmpCrop` in prefix order draws the rest, by the segments that the collator marks.
+With c crops, a training query has 1 + c different numbers of feedback passages, drawn without replacement from
+0, …, n, where n is the length of its list (at most 5), largest first. The full variant reads a random sample of the
+list in random order, as many passages as the largest number; every crop reads a prefix of that sample. All is drawn
+anew each time (`--shuffle_psgs` of the published code, LoL, SIGIR 2022). The collator draws the sample; `CmpCrop` in
+prefix order draws the smaller numbers, by the segments that the collator marks. Evaluation keeps the ranking's order.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class FeedbackCollator:
     Args:
         texts: gives the texts of corpus rows.
         most: the largest number of feedback passages.
-        num_crops: how many strictly smaller numbers must be left below the one drawn here.
+        num_crops: how many smaller numbers of passages are drawn below the one drawn here.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -72,8 +74,7 @@ class FeedbackCollator:
     def __call__(self, examples: Sequence[TrainingQuery]) -> dict[str, torch.Tensor]:
         # From torch's random state. A batch is fetched ahead of its step, so a training that is resumed inside of an
         # epoch draws other numbers than an unbroken one.
-        drawn = [int(torch.randperm(self.most + 1)[: 1 + self.num_crops].max()) for _ in examples]
-        feedback = [self.texts(example.feedback[:number]) for example, number in zip(examples, drawn, strict=True)]
+        feedback = [self.texts(self.sample(example.feedback[: self.most])) for example in examples]
         queries = [example.text for example in examples]
         inputs = query_inputs(
             self.tokenizer, queries, feedback, self.query_length, self.passage_length, self.total_length
@@ -86,6 +87,11 @@ class FeedbackCollator:
             "crop_segments": torch.nn.utils.rnn.pad_sequence(segments, batch_first=True),
             "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).unsqueeze(1),
         }
+
+    def sample(self, rows: Sequence[int]) -> list[int]:
+        """A random sample in random order, of the largest of 1 + `num_crops` different numbers from 0 to all."""
+        number = int(torch.randperm(len(rows) + 1)[: 1 + self.num_crops].max())
+        return [rows[place] for place in torch.randperm(len(rows))[:number].tolist()]
 
 
 def query_inputs(
@@ -115,19 +121,47 @@ def query_inputs(
 
 
 def training_queries(
-    queries: dict[str, str], positives: dict[str, list[int]], feedback: dict[str, list[int]]
+    queries: dict[str, str], positives: dict[str, list[int]], feedback: dict[str, list[int]], num_crops: int = 0
 ) -> TrainingQueries:
-    """Queries with a positive; the others, and those without feedback, are skipped and counted."""
-    usable = [query for query in queries if positives.get(query) and feedback.get(query)]
-    if len(usable) < len(queries):
-        without = sum(1 for query in queries if not positives.get(query))
-        logger.warning(
-            "%d of %d training queries are skipped: %d have no positive in the corpus, %d no feedback passages",
-            len(queries) - len(usable), len(queries), without, len(queries) - len(usable) - without,
-        )  # fmt: skip
+    """Queries with a positive and feedback. What is left out, and what has too little feedback to compare, is counted.
+
+    Raises ValueError where no query is left, or none has a passage for each of `num_crops` crops."""
+    without = {
+        "have no positive in the corpus": [query for query in queries if not positives.get(query)],
+        "have no feedback passage": [query for query in queries if not feedback.get(query)],
+    }
+    for reason, found in without.items():
+        if found:
+            logger.warning(
+                "%d of %d training queries %s and are left out (e.g. %s)", len(found), len(queries), reason, found[0]
+            )
+    left_out = {query for found in without.values() for query in found}
+    usable = [query for query in queries if query not in left_out]
     if not usable:
-        raise ValueError("no training query has a positive passage; do the ids of qrels and corpus agree?")
+        raise ValueError(
+            f"no training query is left: of {len(queries)}, "
+            + " and ".join(f"{len(found)} {reason}" for reason, found in without.items())
+            + "; do the ids of queries, qrels, run and corpus agree?"
+        )
+    check_feedback(usable, feedback, num_crops)
     return TrainingQueries([TrainingQuery(queries[query], feedback[query], positives[query]) for query in usable])
+
+
+def check_feedback(queries: Sequence[str], feedback: dict[str, list[int]], num_crops: int) -> None:
+    """Counts the queries with fewer passages than crops: the numbers of their last variants are all 0.
+
+    Raises ValueError where these are all queries."""
+    short = [query for query in queries if len(feedback[query]) < num_crops]
+    if len(short) == len(queries):
+        raise ValueError(
+            f"--cmp_num_crops {num_crops} needs queries with at least {num_crops} feedback passages, but the longest "
+            f"list has {max(len(feedback[query]) for query in queries)}; lower --cmp_num_crops or give a deeper run"
+        )
+    if short:
+        logger.warning(
+            "%d of %d training queries have fewer feedback passages than --cmp_num_crops %d (e.g. %s): their last "
+            "variants are equal and add nothing to the comparison", len(short), len(queries), num_crops, short[0],
+        )  # fmt: skip
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
