@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from collection import load_collection, read_qrels
+from collection import load_collection, own_relevance_level, read_qrels
 from trec_runs import read_run, write_run
 
 
@@ -85,11 +85,82 @@ def test_queries_without_a_text_or_with_two_are_refused(tmp_path, line, message)
         load_collection(name)
 
 
+def write_lines(folder: Path, name: str, *records: object) -> None:
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_numbers_and_nulls_in_corpus_and_queries_are_read(tmp_path, caplog):
+    name = write_folder(tmp_path / "c", {}, {}, [("7", "1", 1)])
+    passages = [{"_id": 1, "title": 1984, "text": "Orwell"}, {"_id": "2", "title": None, "text": 3.5},
+                {"_id": "3", "text": None}, {"_id": "4", "title": "title alone", "text": None},
+                {"_id": "5", "title": "", "text": float("nan")}]  # fmt: skip
+    write_lines(tmp_path / "c", "corpus", *passages)
+    write_lines(tmp_path / "c", "queries", {"_id": 7, "text": 1984})
+    with caplog.at_level(logging.WARNING):
+        found = load_collection(name)
+    assert found.queries == {"7": "1984"} and found.positives() == {"7": [0]}
+    assert found.passages.texts(range(3)) == ["1984 Orwell", "3.5", "title alone"]
+    assert "2 passages have no text and are left out (e.g. 3, 5)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "file, record, message",
+    [
+        ("corpus", {"_id": "two words", "text": "x"}, "line 2: the id 'two words' is empty or has white space"),
+        ("corpus", {"_id": "", "text": "x"}, "line 2: the id '' is empty"),
+        ("corpus", {"_id": None, "text": "x"}, "line 2: expected an object with _id"),
+        ("corpus", {"_id": "x", "text": ["a", "b"]}, r"line 2: text is \['a', 'b'\], expected a text"),
+        ("corpus", {"_id": "x", "title": {}, "text": "x"}, "line 2: title is {}, expected a text"),
+        ("corpus", ["x"], "line 2: expected an object with _id"),
+        ("queries", {"_id": "a\tb", "text": "x"}, "line 2: the id .* has white space"),
+        ("queries", {"_id": "x", "text": " "}, "line 2: query x has ' ' for a text"),
+    ],
+)
+def test_records_that_cannot_be_read_are_named_by_their_line(tmp_path, file, record, message):
+    name = write_folder(tmp_path / "c", {"a": "text"}, {"q": "what?"}, [("q", "a", 1)])
+    with open(tmp_path / "c" / f"{file}.jsonl", "a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=rf"{file}.jsonl, {message}"):
+        load_collection(name)
+
+
+def test_a_colon_may_be_part_of_a_folders_path(tmp_path):
+    folder = tmp_path / "of 10:30" / "c:v1"
+    folder.parent.mkdir()
+    name = write_folder(folder, {"a": "text"}, {"q": "what?"}, [("q", "a", 1)])
+    assert load_collection(name).qrels == {"q": {"a": 1}}
+    (folder / "qrels").mkdir()
+    (folder / "qrels.tsv").rename(folder / "qrels" / "test.tsv")
+    assert load_collection(f"{name}:test").name == "c:v1:test"
+
+
+@pytest.mark.parametrize(
+    "name, level",
+    [
+        ("msmarco-passage/dev/small", 1),
+        ("msmarco-passage/trec-dl-2019/judged", 2),
+        ("msmarco-passage/trec-dl-hard", 2),
+        *((f"msmarco-passage-v2/trec-dl-{year}", 2) for year in (2021, 2022, 2023)),
+        ("msmarco-document/trec-dl-2019", 1),
+        ("msmarco-document/trec-dl-2020/judged", 1),
+        ("msmarco-document-v2/trec-dl-2022", 1),
+        ("beir/scifact/test", 1),
+    ],
+)
+def test_judgements_count_from_the_level_of_the_collections_own_measures(name, level):
+    assert own_relevance_level(name) == level
+
+
+def test_the_relevance_level_can_be_given(tmp_path):
+    name = write_folder(tmp_path / "c", PASSAGES, QUERIES, [("q1", "doc-a", 1), ("q2", "β/7", 2)])
+    assert load_collection(name, relevance_level=2).positives() == {"q1": [], "q2": [1]}
+
+
 def test_repeated_ids_are_refused(tmp_path):
     name = write_folder(tmp_path / "c", PASSAGES, QUERIES, [("q1", "doc-a", 1)])
     corpus = tmp_path / "c" / "corpus.jsonl"
     corpus.write_text(corpus.read_text() + json.dumps({"_id": "doc-a", "text": "again"}) + "\n")
-    with pytest.raises(ValueError, match="1 repeated ids"):
+    with pytest.raises(ValueError, match=r"1 repeated ids, e\.g\. doc-a"):
         load_collection(name)
 
 

@@ -16,7 +16,7 @@ from collection import Passages, load_collection
 from datasets import Dataset
 from demo_collection import write_demo
 from encoding import EncodingCard, encode_corpus, encode_texts, import_sparse_vectors, largest_terms
-from first_pass import DenseIndex, SparseIndex, best_passages, bm25_run, search_run
+from first_pass import DenseIndex, SparseIndex, best_passages, bm25_run, empty_index, most_clusters, search_run
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -261,8 +261,31 @@ def test_an_hnsw_index_inside_of_another_is_searched_as_deep(dense, tokenizer, p
 
 def test_an_index_that_faiss_does_not_know_is_refused(dense, tokenizer, passages, tmp_path):
     corpus = encode_corpus(dense, tokenizer, passages, tmp_path)
-    with pytest.raises(ValueError, match=r"--index Bogus is no index of FAISS for 64 dimensions .*could not parse"):
+    with pytest.raises(
+        ValueError, match=r"--index Bogus is no index that FAISS can make of 64 dimensions .*could not parse"
+    ):
         DenseIndex(corpus, tmp_path / "index.faiss", "Bogus")
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["IVF300,Flat", "IVF64,PQ8", "PQ8x4", "OPQ8,PQ8x4", "PCA32,IVF80,Flat", "IVF200_HNSW32,Flat", "HNSW32_PQ8",
+     "IVF8,PQ8x4,Refine(PQ8)", "IVF8,RQ2x8", "IVF16,RaBitQ"],
+)  # fmt: skip
+def test_an_index_needs_as_many_passages_as_its_largest_part_has_clusters(factory):
+    needed = most_clusters(faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT))
+    vectors = np.random.default_rng(0).normal(size=(needed, 64)).astype(np.float32)
+    empty_index(factory, 64, needed).train(vectors)
+    with pytest.raises(RuntimeError, match=f"number of clusters \\({needed}\\)"):
+        faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT).train(vectors[:-1])
+    with pytest.raises(ValueError, match=rf"has {needed} clusters to train, .* \({needed - 1}\)"):
+        empty_index(factory, 64, needed - 1)
+
+
+def test_an_index_that_cannot_be_filled_is_refused_in_one_line(dense, tokenizer, passages, tmp_path):
+    corpus = encode_corpus(dense, tokenizer, passages, tmp_path)
+    with pytest.raises(ValueError, match=r"--index IDMap,Flat .*use add_with_ids"):
+        DenseIndex(corpus, tmp_path / "index.faiss", "IDMap,Flat")
 
 
 def test_an_index_without_its_card_is_refused(dense, tokenizer, passages, tmp_path):
@@ -326,6 +349,18 @@ def test_published_vectors_are_read_once(tmp_path, tokenizer, passages):
     import_sparse_vectors(vectors, tokenizer, passages, tmp_path / "vectors")
     (vectors / "part.jsonl").unlink()
     assert len(import_sparse_vectors(vectors, tokenizer, passages, tmp_path / "vectors")) == 40
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [('{"id": "p"}', "expected an object with _id"), ('{"id": "p", "vector": {"a": NaN}}', "a finite number"),
+     ('{"id": "p", "vector": ["a"]}', "a finite number"), ('{"id": "p", "vector"', "not JSON")],
+)  # fmt: skip
+def test_published_vectors_that_cannot_be_read_are_named_by_their_line(tmp_path, tokenizer, passages, line, message):
+    first = json.dumps({"id": passages.ids[0], "vector": {}})
+    (tmp_path / "part.jsonl").write_text(f"\ufeff{first}\n{line}\n", encoding="utf-8")  # the mark is no fault
+    with pytest.raises(ValueError, match=f"part.jsonl, line 2: .*{message}"):
+        import_sparse_vectors(tmp_path, tokenizer, passages, tmp_path / "vectors")
 
 
 def test_published_vectors_must_cover_the_corpus(tmp_path, tokenizer, passages):

@@ -49,6 +49,7 @@ def bert(tmp_path):
 
 @pytest.fixture
 def masked_lm(tmp_path):
+    torch.manual_seed(1)
     BertForMaskedLM(BertConfig(**SIZE, initializer_range=0.5)).save_pretrained(tmp_path / "mlm")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(25))]
     tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="[UNK]"))
@@ -100,6 +101,16 @@ def test_sparse_vectors_are_the_maximum_over_tokens_without_special_ones(masked_
     wanted = logits.amax(1).relu()
     assert (wanted[:, :5] > 0).any()  # there is something to zero
     wanted[:, :5] = 0.0
+    torch.testing.assert_close(vectors_of(model)[1:], wanted)
+
+
+def test_ids_below_the_first_weighted_one_get_no_weight_but_the_unknown_token(masked_lm):
+    model = SparseReformulator.from_encoder(masked_lm, normalize=False, first_weighted_id=20)
+    assert model.config.zeroed_ids == [0, *range(2, 20)]  # 1 is [UNK]
+    with torch.no_grad():
+        wanted = BertForMaskedLM.from_pretrained(masked_lm).eval()(input_ids=IDS[1:, :3]).logits.amax(1).relu()
+    assert wanted[0, 1] > 0 and (wanted[:, 5:20] > 0).any()
+    wanted[:, model.config.zeroed_ids] = 0.0
     torch.testing.assert_close(vectors_of(model)[1:], wanted)
 
 

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import math
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +20,20 @@ import torch
 from arguments import PrfArguments
 from collection import load_collection
 from demo_collection import write_demo
-from evaluation import CollectionResult, curve_rows, load_results, p_value, per_query, robustness_index, save_results
+from encoding import encode_texts
+from evaluation import (
+    CollectionResult,
+    curve_rows,
+    load_results,
+    measured_depth,
+    p_value,
+    per_query,
+    robustness_index,
+    save_results,
+)
 from experiment import Experiment, check_file_names
 from feedback import FeedbackCollator, TrainingQuery, query_inputs, training_queries
-from first_pass import SparseIndex
+from first_pass import SparseIndex, search_run
 from reformulators import SparseReformulator
 from transformers import AutoModel, AutoTokenizer
 from trec_runs import write_run
@@ -59,9 +72,10 @@ def collator(tokenizer, most: int, num_crops: int) -> FeedbackCollator:
 
 
 @pytest.mark.parametrize("num_crops", [0, 1, 2])
-def test_full_and_cropped_variants_have_strictly_fewer_passages_uniformly(tokenizer, num_crops):
+@pytest.mark.parametrize("most", [4, 9])
+def test_full_and_cropped_variants_have_strictly_fewer_passages_uniformly(tokenizer, num_crops, most):
     query = TrainingQuery(words(tokenizer, 8), feedback=[0, 1, 2, 3], positives=[5])
-    collate, crop = collator(tokenizer, 4, num_crops), CmpCrop("prefix", {"input_ids": 0})
+    collate, crop = collator(tokenizer, most, num_crops), CmpCrop("prefix", {"input_ids": 0})
     batch = collate([query] * 2000)
     crops = crop.batches(batch, num_crops)
     counts = torch.stack([(one["input_ids"] == 3).sum(1) - 1 for one in crops], dim=1)  # (batch, 1 + crops)
@@ -70,6 +84,39 @@ def test_full_and_cropped_variants_have_strictly_fewer_passages_uniformly(tokeni
     subsets = {0: 5, 1: 10, 2: 10}[num_crops]  # of {0, …, 4} with 1 + num_crops members
     assert len(frequencies) == subsets
     assert (frequencies / 2000 - 1 / subsets).abs().max() < 0.05
+
+
+def test_training_reads_a_random_sample_of_the_feedback_in_random_order_anew_each_time(tokenizer):
+    query = TrainingQuery(words(tokenizer, 8), feedback=[0, 1, 2, 3], positives=[5])
+    batch = collator(tokenizer, 4, 0)([query] * 6000)
+    rows = [tuple(token - 10 for token in ids[3::2] if token) for ids in batch["input_ids"].tolist()]
+    for number in range(5):
+        found = [one for one in rows if len(one) == number]
+        assert all(len(set(one)) == number for one in found)  # no passage twice
+        possible = math.perm(4, number)
+        counts = Counter(found)
+        assert len(counts) == possible
+        assert max(abs(count / len(found) - 1 / possible) for count in counts.values()) < 0.05
+
+
+def test_evaluation_reads_the_feedback_in_the_order_of_the_ranking(demo, tmp_path):
+    experiment = experiment_of(demo, tmp_path / "first_pass")
+    test = experiment.train
+    assert test is not None
+    run = experiment.first_pass(test, 10)
+    texts = [" [SEP] ".join([text, *experiment.texts(run[query][:3])]) for query, text in test.queries.items()]
+    vectors = encode_texts(experiment.encoder, experiment.tokenizer, texts, max_length=512)  # as docs/prf.md has it
+    wanted = search_run(experiment.index, vectors, list(test.queries), test.passages, 5)
+    found = experiment.search(experiment.encoder, test, run, number=3, depth=5)
+    assert {query: [one for one, _ in ranked] for query, ranked in found.items()} == {
+        query: [one for one, _ in ranked] for query, ranked in wanted.items()
+    }
+
+
+def test_an_input_that_is_cut_still_ends_in_a_separator(tokenizer):
+    feedback = [words(tokenizer, 20, 21, 22), words(tokenizer, 30, 31)]
+    [found] = query_inputs(tokenizer, [words(tokenizer, 10)], [feedback], 128, 128, limit=9)
+    assert found == {"input_ids": [2, 10, 3, 20, 21, 22, 3, 30, 3], "crop_segments": [0, 0, 0, 1, 1, 1, 1, 2, 2]}
 
 
 def test_a_crop_is_a_prefix_of_the_feedback(tokenizer):
@@ -90,9 +137,20 @@ def test_queries_without_a_positive_are_skipped_and_counted(caplog):
     with caplog.at_level(logging.WARNING):
         found = training_queries(queries, {"a": [1], "b": []}, {"a": [4], "b": [5], "c": [6]})
     assert [query.text for query in found.queries] == ["one"]
-    assert "2 of 3 training queries are skipped: 2 have no positive" in caplog.text
-    with pytest.raises(ValueError, match="no training query has a positive passage"):
-        training_queries(queries, {}, {})
+    assert "2 of 3 training queries have no positive in the corpus and are left out (e.g. b)" in caplog.text
+    with pytest.raises(
+        ValueError, match="no training query is left: of 3, 3 have no positive in the corpus and 1 have"
+    ):
+        training_queries(queries, {}, {"a": [4], "b": [5]})
+
+
+def test_queries_with_fewer_passages_than_crops_are_counted_and_rejected_where_they_are_all(caplog):
+    queries, positives = {"a": "one", "b": "two"}, {"a": [1], "b": [2]}
+    with caplog.at_level(logging.WARNING):
+        assert len(training_queries(queries, positives, {"a": [4], "b": [5, 6]}, num_crops=2)) == 2
+    assert "1 of 2 training queries have fewer feedback passages than --cmp_num_crops 2 (e.g. a)" in caplog.text
+    with pytest.raises(ValueError, match=r"--cmp_num_crops 3 needs .* at least 3 feedback passages, .* list has 2"):
+        training_queries(queries, positives, {"a": [4], "b": [5, 6]}, num_crops=3)
 
 
 def test_measures_follow_the_relevance_level_and_count_missing_queries_as_zero(demo):
@@ -100,12 +158,38 @@ def test_measures_follow_the_relevance_level_and_count_missing_queries_as_zero(d
     first = next(iter(collection.queries))
     passages = list(collection.qrels[first])
     run = {first: [("elsewhere", 2.0), (passages[0], 1.0)]}
-    values = per_query(collection, run)
-    assert list(values) == ["MRR@10", "nDCG@10", "R@100", "MAP"]
+    values = per_query(collection, run, depth=100)
+    assert list(values) == ["MRR@10", "nDCG@10", "R@100", "MAP@100"]
     assert values["MRR@10"][0] == 0.5 and values["R@100"][0] == 1 / 8
     assert values["MRR@10"][1] == 0.0
-    strict = type(collection)("strict", collection.passages, collection.queries, collection.qrels, relevance_level=2)
-    assert per_query(strict, run)["MRR@10"][0] == 0.0
+    strict = per_query(replace(collection, relevance_level=2), run, depth=100)
+    assert list(strict) == ["MRR(rel=2)@10", "nDCG@10", "R(rel=2)@100", "MAP(rel=2)@100"]
+    assert strict["MRR(rel=2)@10"][0] == 0.0
+
+
+def test_recall_and_average_precision_are_named_by_the_depth_that_every_run_has(demo, tmp_path):
+    experiment = experiment_of(demo, tmp_path / "first_pass", retrieval_depth=40)
+    assert experiment.train is not None
+    test = experiment.test_of(experiment.train, None)
+    assert list(test.values(test.first_pass))[2:] == ["R@40", "MAP@40"]
+    shallow = {query: ranked[:15] for query, ranked in test.first_pass.items()}
+    write_run(shallow, tmp_path / "run.trec", "test")
+    given = experiment.test_of(experiment.train, str(tmp_path / "run.trec"))
+    assert list(given.values(given.first_pass))[2:] == ["R@15", "MAP@15"]
+    deeper = given.values(test.first_pass)  # a run of depth 40 beside one of 15 is measured to 15 too
+    assert deeper == given.values(given.first_pass)
+
+
+def test_a_run_too_shallow_for_the_measures_is_rejected(demo, tmp_path):
+    experiment = experiment_of(demo, tmp_path / "first_pass")
+    assert experiment.train is not None
+    path = tmp_path / "run.trec"
+    write_run({query: [("p0-0-0", 1.0)] for query in experiment.train.queries}, path, "test")
+    with pytest.raises(ValueError, match="the deepest list of the run has 1 passages, but MRR@10 and nDCG@10 look at"):
+        experiment.test_of(experiment.train, str(path))
+    with pytest.raises(ValueError, match="--retrieval_depth has 9 passages"):
+        measured_depth(1_000, 9)
+    assert measured_depth(5, 1_000) == 100  # all of the corpus is retrieved
 
 
 def test_robustness_is_helped_minus_hurt():
@@ -150,11 +234,11 @@ def arguments(config: str, demo, output_dir, **changes: object) -> list[str]:
         "train_collection": f"{demo}/collection:train", "output_dir": output_dir, "max_steps": 4, "logging_steps": 1,
         "model_name_or_path": demo / ("masked_lm" if config == "demo_sparse.yaml" else "encoder"),
         "first_pass_dir": demo / ("first_pass_sparse" if config == "demo_sparse.yaml" else "first_pass"),
-        "feedback_passages": 2, "use_cpu": True, **changes,
+        "feedback_passages": 2, "use_cpu": True,
     }  # fmt: skip
     if config.startswith("demo"):
         settings |= {"demo_dir": demo, "test_collections": f"{demo}/collection:test"}
-    given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    given = [part for name, value in (settings | changes).items() for part in (f"--{name}", str(value))]
     return ["run_prf.py", str(EXAMPLE / config), *given]
 
 
@@ -180,8 +264,39 @@ def test_what_is_evaluated_is_kept_and_other_settings_are_refused(monkeypatch, d
     written = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
     script(monkeypatch, "demo.yaml", demo, tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match="was found with other settings"):
+    with pytest.raises(ValueError, match=r"was found with other settings or data \(training.learning_rate\)"):
         script(monkeypatch, "demo.yaml", demo, tmp_path / "run", learning_rate=1e-4)
+
+
+@pytest.mark.parametrize(
+    "file, change, names",
+    [
+        ("qrels/test.tsv", lambda text: text.replace("q0-0-0\tp0-0-0\t1", "q0-0-0\tp0-0-0\t0"), "content.judgements"),
+        ("run.trec", lambda text: text.replace(" first_pass\n", " again\n"), "content.runs"),
+    ],
+)
+def test_a_result_is_not_taken_for_one_of_changed_files(monkeypatch, demo, tmp_path, file, change, names):
+    shutil.copytree(demo / "collection", tmp_path / "collection")
+    experiment = experiment_of(demo, tmp_path / "run_made_elsewhere")
+    test = load_collection(f"{demo}/collection:test")
+    write_run(experiment.first_pass(test, 100), tmp_path / "collection" / "run.trec", "first_pass")
+    changes = {
+        "train_collection": f"{tmp_path}/collection:train", "test_collections": f"{tmp_path}/collection:test",
+        "test_runs": tmp_path / "collection" / "run.trec", "first_pass_dir": tmp_path / "first_pass", "max_steps": 1,
+    }  # fmt: skip
+    script(monkeypatch, "demo.yaml", demo, tmp_path / "run", **changes)
+    path = tmp_path / "collection" / file
+    assert path.read_text() != change(path.read_text())
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=rf"was found with other settings or data \({names}\)"):
+        script(monkeypatch, "demo.yaml", demo, tmp_path / "run", **changes)
+
+
+def test_folds_are_measured_from_the_level_asked_for(monkeypatch, demo, tmp_path):
+    changes = {"first_pass_dir": tmp_path / "first_pass", "relevance_level": 2}
+    script(monkeypatch, "beir_folder.yaml", demo, tmp_path / "run", num_folds=2, max_steps=1, **changes)
+    result = load_results(tmp_path / "run" / "evaluation.json")[0]["collection:train"]
+    assert not any(result.first_pass["MRR(rel=2)@10"]) and any(result.first_pass["nDCG@10"])  # all are judged 1
 
 
 @pytest.mark.parametrize("objective", [{}, {"cmp_objective": "regularized", "cmp_primary": "mean", "cmp_weight": 1}])
@@ -323,6 +438,16 @@ def test_two_processes_encode_train_and_evaluate(monkeypatch, demo, tmp_path, co
         ({"passage_vectors": "here"}, "--passage_vectors are sparse"),
         ({"encoding_dtype": "half"}, "--encoding_dtype half is unknown; give float32 or float16"),
         ({"encoding_terms": 5}, "are for --representation sparse"),
+        ({"first_weighted_id": 5}, "are for --representation sparse"),
+        ({"retrieval_depth": 1}, "--retrieval_depth 1 is less than --feedback_passages 2"),
+        ({"query_length": 2}, "--query_length 2: expected 3 or more"),
+        ({"candidates": 0}, "--candidates 0: expected 1 or more"),
+        ({"total_length": 513}, "--total_length 513 is more than the model takes; pass at most 512"),
+        ({"encoding_length": 1000}, "--encoding_length 1000 is more than the model takes; pass at most 512"),
+        (
+            {"index": "IVF1024,Flat"},
+            "--index IVF1024,Flat has 1,024 clusters to train, more than the corpus has passages",
+        ),
         ({"representation": "sparse", "encoding_terms": 0}, "--encoding_terms 0 is how many weights"),
         ({"representation": "sparse", "encoding_dtype": "float16"}, "--encoding_dtype float16 is for dense vectors"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from cmp_trainer import CmpTrainingArguments
 from cmp_trainer.checks import check_launch
@@ -24,11 +25,27 @@ class PrfArguments:
     test_collections: list[str] = field(default_factory=list, metadata={"help": "As train_collection; several"})
     num_folds: int | None = field(default=None, metadata={"help": "Split train_collection by query and test on it"})
     demo_dir: str | None = field(default=None, metadata={"help": "Write the demo collection and encoder here first"})
+    relevance_level: int | None = field(
+        default=None,
+        metadata={
+            "help": "Lowest judgement that the binary measures count as relevant; default: the collection's own"
+        },
+    )
+    train_relevance_level: int | None = field(
+        default=None, metadata={"help": "Lowest judgement of a positive in training; default: the collection's own"}
+    )
     representation: str = field(default="dense", metadata={"help": "dense or sparse"})
     pooling: str = field(default="first", metadata={"help": "Dense: first token or mean"})
     normalize: bool = field(default=False, metadata={"help": "L2-normalize vectors"})
     scale: float = field(default=1.0, metadata={"help": "Factor of query and passage vectors, after normalization"})
     log_saturation: bool = field(default=False, metadata={"help": "Sparse: log(1 + weight), as SPLADE's encoders"})
+    first_weighted_id: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sparse: vocabulary ids below this get no weight, except [UNK] (999 in BERT's vocabulary, as "
+            "published); default: only the special tokens get none"
+        },
+    )
     passage_encoder: str | None = field(default=None, metadata={"help": "Where it is another than the reformulator"})
     passage_vectors: str | None = field(default=None, metadata={"help": "Sparse: folder of published jsonl vectors"})
     passage_vector_scale: float = field(default=1.0, metadata={"help": "Factor of the published vectors' weights"})
@@ -60,8 +77,23 @@ class PrfArguments:
                 f"--encoding_dtype {self.encoding_dtype} is for dense vectors; leave it out, and bound the size of "
                 "sparse ones by --encoding_terms"
             )
-        if self.representation == "dense" and (self.log_saturation or self.encoding_terms is not None):
-            raise ValueError("--log_saturation and --encoding_terms are for --representation sparse; leave them out")
+        sparse = self.log_saturation or self.encoding_terms is not None or self.first_weighted_id is not None
+        if self.representation == "dense" and sparse:
+            raise ValueError(
+                "--log_saturation, --encoding_terms and --first_weighted_id are for --representation sparse; leave "
+                "them out"
+            )
+        for name in ("feedback_passages", "candidates", "encoding_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        for name, least in (("query_length", 3), ("passage_length", 2)):  # [CLS] and [SEP] count
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected {least} or more, with the special tokens")
+        if self.retrieval_depth < self.feedback_passages:
+            raise ValueError(
+                f"--retrieval_depth {self.retrieval_depth} is less than --feedback_passages {self.feedback_passages}; "
+                "raise the one or lower the other"
+            )
         if self.encoding_terms is not None and (self.encoding_terms < 1 or self.passage_vectors):
             raise ValueError(
                 f"--encoding_terms {self.encoding_terms} is how many weights of a passage's vector are kept; give at "
@@ -91,8 +123,20 @@ def check_training(data_args: PrfArguments, args: CmpTrainingArguments) -> None:
         )
 
 
-def settings_of(data_args: PrfArguments, args: CmpTrainingArguments) -> dict:
-    """What the results depend on, comparable after a round trip through JSON."""
+def settings_of(data_args: PrfArguments, args: CmpTrainingArguments, content: dict[str, Any]) -> dict[str, Any]:
+    """What the results depend on, comparable after a round trip through JSON. `content`: hashes of what is read."""
     compared = {name: value for name, value in vars(args).items() if name.startswith("cmp_")}
-    training = {name: getattr(args, name, None) for name in TRAINING_SETTINGS}
-    return json.loads(json.dumps({"prf": asdict(data_args), "training": training, "comparative": compared}))
+    training = {name: getattr(args, name, None) for name in TRAINING_SETTINGS}  # transformers 5 has no warmup_ratio
+    settings = {"prf": asdict(data_args), "training": training, "comparative": compared, "content": content}
+    return json.loads(json.dumps(settings))
+
+
+def differences(found: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """The names of the settings that differ, `training.seed`."""
+    names = []
+    for group in sorted(found.keys() | settings.keys()):
+        there, here = found.get(group) or {}, settings.get(group) or {}
+        names += [
+            f"{group}.{name}" for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)
+        ]
+    return names

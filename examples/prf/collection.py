@@ -6,10 +6,11 @@
 - a name of ir_datasets, which downloads it: `msmarco-passage/dev/small`, `msmarco-passage/trec-dl-2019/judged`,
   `msmarco-passage/trec-dl-2020/judged`, `msmarco-passage/trec-dl-hard`, `beir/scifact/test`, …
 
-Passages live in an Arrow file that is mapped, not read, so 8.8 million of them cost little memory. Ids are text of any
-form; inside, a passage is known by its row. What is left out is counted and reported: passages without text, queries
-without judgements, judgements of unknown queries. Judgements of unknown passages stay, as trec_eval has it: such a
-passage counts as one never found.
+Passages live in an Arrow file that is mapped, not read, so 8.8 million of them cost little memory. Ids are single
+words of any form, since TREC runs hold them; inside, a passage is known by its row. Numbers as ids, titles or texts
+are read as written, and a null title or text as none. What is left out is counted and reported: passages without text,
+queries without judgements, judgements of unknown queries. Judgements of unknown passages stay, as trec_eval has it:
+such a passage counts as one never found.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+
+from cmp_trainer.errors import nearest
 
 logger = logging.getLogger(__name__)
 Qrels = dict[str, dict[str, int]]
 PASSAGE_FEATURES = Features({"id": Value("string"), "text": Value("large_string")})
-# Passages judged 1 in the TREC Deep Learning sets are "related": their binary measures start at 2.
-GRADED_FROM_2 = ("trec-dl-2019", "trec-dl-2020", "trec-dl-hard")
+# Passages judged 1 in the passage tracks of TREC Deep Learning are "related", and their binary measures start at 2;
+# in the document tracks they start at 1. For the collections whose own measures ir_datasets does not list.
+DEEP_LEARNING_LEVELS = {"msmarco-passage-v2/trec-dl-": 2, "msmarco-document-v2/trec-dl-": 1}
 
 
 class Passages:
@@ -40,7 +47,10 @@ class Passages:
         self.ids: list[str] = dataset.select_columns("id")[:]["id"]
         self.row_of = {passage: row for row, passage in enumerate(self.ids)}
         if len(self.row_of) != len(self.ids):
-            raise ValueError(f"the corpus has {len(self.ids) - len(self.row_of)} repeated ids; ids must be unique")
+            first = next(passage for row, passage in enumerate(self.ids) if self.row_of[passage] != row)
+            raise ValueError(
+                f"the corpus has {len(self.ids) - len(self.row_of)} repeated ids, e.g. {first}; ids must be unique"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,17 +96,25 @@ class Collection:
         return Collection(self.name, self.passages, queries, qrels, self.relevance_level)
 
 
-def load_collection(name: str) -> Collection:
-    """A collection from a folder or through ir_datasets. Raises ValueError where `name` is neither, or not reached."""
-    folder, _, split = name.rpartition(":") if ":" in name else (name, "", "")
-    if Path(folder).is_dir():
-        return beir_collection(Path(folder), split)
+def load_collection(name: str, relevance_level: int | None = None) -> Collection:
+    """A collection from a folder or through ir_datasets.
+
+    Args:
+        name: a folder, folder:split or a name of ir_datasets.
+        relevance_level: instead of the collection's own, which is 1 for folders.
+
+    Raises:
+        ValueError: `name` is none of these, or cannot be downloaded; a file has a fault, which is named by its line.
+    """
+    folder, split = folder_and_split(name)
+    if folder is not None:
+        return beir_collection(folder, split, relevance_level or 1)
     import ir_datasets
 
     if name not in ir_datasets.registry:
         raise ValueError(
-            f"collection {name!r} is neither a folder (BEIR form, folder or folder:split) nor a name of ir_datasets; "
-            "see https://ir-datasets.com for names"
+            f"collection {name!r} is neither a folder (BEIR form, folder or folder:split) nor a name of ir_datasets"
+            f"{nearest(name, ir_datasets.registry)}; see https://ir-datasets.com for names"
         )
     source = ir_datasets.load(name)
     qrels: Qrels = {}
@@ -108,11 +126,38 @@ def load_collection(name: str) -> Collection:
         raise ValueError(
             f"collection {name!r} could not be downloaded ({error}); without network give a folder in BEIR form"
         ) from error
-    level = 2 if any(part in name for part in GRADED_FROM_2) else 1
-    return checked_collection(name, downloaded_passages(ir_datasets.docs_parent_id(name)), queries, qrels, level)
+    passages = downloaded_passages(ir_datasets.docs_parent_id(name))
+    return checked_collection(name, passages, queries, qrels, relevance_level or own_relevance_level(name))
 
 
-def beir_collection(folder: Path, split: str = "") -> Collection:
+def folder_and_split(name: str) -> tuple[Path | None, str]:
+    """The folder and split of `folder` or `folder:split`, None if it is neither. A folder's name may have colons."""
+    if Path(name).is_dir():
+        return Path(name), ""
+    folder, colon, split = name.rpartition(":")
+    return (Path(folder), split) if colon and Path(folder).is_dir() else (None, "")
+
+
+def own_relevance_level(name: str) -> int:
+    """The level from which the binary measures that the makers of a collection report count a judgement as relevant.
+
+    Read from ir_datasets' list of a collection's official measures: that of the reciprocal rank, or else the largest.
+
+    >>> [own_relevance_level(f"msmarco-{kind}/trec-dl-2020") for kind in ("passage", "document")]
+    [2, 1]
+    """
+    import ir_datasets
+    import ir_measures
+
+    named = ir_datasets.load(name).documentation().get("official_measures") or []
+    measures = [ir_measures.parse_measure(measure) if isinstance(measure, str) else measure for measure in named]
+    levels = {measure.NAME: measure["rel"] for measure in measures if "rel" in measure.SUPPORTED_PARAMS}
+    if levels:
+        return levels.get("RR", max(levels.values()))
+    return next((level for start, level in DEEP_LEARNING_LEVELS.items() if name.startswith(start)), 1)
+
+
+def beir_collection(folder: Path, split: str, relevance_level: int) -> Collection:
     corpus, queries_path = folder / "corpus.jsonl", folder / "queries.jsonl"
     qrels_path = folder / "qrels" / f"{split}.tsv" if split else folder / "qrels.tsv"
     for path in (corpus, queries_path, qrels_path):
@@ -123,7 +168,9 @@ def beir_collection(folder: Path, split: str = "") -> Collection:
             )
     queries = read_queries(queries_path)
     name = f"{folder.name}:{split}" if split else folder.name
-    return checked_collection(name, folder_passages(corpus.resolve()), queries, read_qrels(qrels_path))
+    return checked_collection(
+        name, folder_passages(corpus.resolve()), queries, read_qrels(qrels_path), relevance_level
+    )
 
 
 def checked_collection(
@@ -145,12 +192,14 @@ def checked_collection(
 def read_queries(path: Path) -> dict[str, str]:
     """Texts by id. Raises ValueError for a query that has no text, or two."""
     queries: dict[str, str] = {}
-    for record in read_jsonl(path):
-        query, text = record["_id"], record["text"]
-        if not isinstance(text, str):
-            raise ValueError(f"{path}: query {query} has {text!r} for a text; complete or remove it")
+    for number, query, record in read_jsonl(path, "text"):
+        text = as_text(record["text"], path, number, "text")
+        if not text.strip():
+            raise ValueError(
+                f"{path}, line {number}: query {query} has {record['text']!r} for a text; complete or remove it"
+            )
         if queries.setdefault(query, text) != text:
-            raise ValueError(f"{path}: query {query} has two texts; give each query an id of its own")
+            raise ValueError(f"{path}, line {number}: query {query} has two texts; give each query an id of its own")
     return queries
 
 
@@ -163,7 +212,7 @@ def read_qrels(path: Path) -> Qrels:
             if not fields or (number == 1 and fields[-1] == "score"):
                 continue
             fields = fields if len(fields) > 1 else fields[0].split()
-            if len(fields) not in (3, 4) or not fields[-1].lstrip("-").isdigit():
+            if len(fields) not in (3, 4) or not re.fullmatch(r"[+-]?[0-9]+", fields[-1].strip()):
                 raise ValueError(f"{path}, line {number}: {fields} is not query, document, score (a whole number)")
             query, document, score = fields[0], fields[-2], int(fields[-1])
             if qrels.setdefault(query, {}).setdefault(document, score) != score:
@@ -179,8 +228,9 @@ def folder_passages(path: Path) -> Passages:
 
 
 def folder_records(path: str, size: int, time: int) -> Iterator[dict[str, str]]:
-    for record in read_jsonl(Path(path)):
-        yield {"id": record["_id"], "text": " ".join(filter(None, (record.get("title"), record["text"])))}
+    for number, passage, record in read_jsonl(Path(path), "text"):
+        parts = (as_text(record.get(field), path, number, field) for field in ("title", "text"))
+        yield {"id": passage, "text": " ".join(filter(None, parts))}
 
 
 @functools.lru_cache(maxsize=2)
@@ -197,7 +247,10 @@ def downloaded_records(name: str) -> Iterator[dict[str, str]]:
 
 def arrow_passages(records, **arguments) -> Passages:
     """The passages as a memory-mapped Arrow file, cached by datasets; those without text are left out and counted."""
-    dataset = Dataset.from_generator(records, features=PASSAGE_FEATURES, gen_kwargs=arguments)
+    try:
+        dataset = Dataset.from_generator(records, features=PASSAGE_FEATURES, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
     assert isinstance(dataset, Dataset)
     filled = [row for batch in batches(dataset) for row, text in batch if text.strip()]
     if len(filled) < len(dataset):
@@ -213,7 +266,10 @@ def batches(dataset: Dataset, size: int = 10_000) -> Iterator[Iterator[tuple[int
         yield zip(range(start, start + len(texts)), texts, strict=True)
 
 
-def read_jsonl(path: Path) -> Iterator[dict]:
+def read_jsonl(path: Path, field: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Number of the line, id (`_id` or `id`) and record of each line.
+
+    Raises ValueError, with the line, for what is no object with an id and `field`, or has an id no run could hold."""
     with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -222,11 +278,27 @@ def read_jsonl(path: Path) -> Iterator[dict]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict) or not {"_id", "text"} <= record.keys():
+            found = record.get("_id", record.get("id")) if isinstance(record, dict) else None
+            if not isinstance(found, str | int) or isinstance(found, bool) or field not in record:
                 raise ValueError(
-                    f"{path}, line {number}: expected an object with _id and text, got {line[:80].strip()}"
+                    f"{path}, line {number}: expected an object with _id (a word or a whole number) and {field}, "
+                    f"got {line[:80].strip()}"
                 )
-            yield {**record, "_id": str(record["_id"])}
+            if str(found).split() != [str(found)]:
+                raise ValueError(
+                    f"{path}, line {number}: the id {found!r} is empty or has white space, and TREC runs hold single "
+                    "words; rename it, in the judgements too"
+                )
+            yield number, str(found), record
+
+
+def as_text(value: Any, path: str | Path, number: int, field: str) -> str:
+    """A text, a number as written, "" for null and NaN. Raises ValueError, with the line, for anything else."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{path}, line {number}: {field} is {str(value)[:80]}, expected a text")
+    return str(value)
 
 
 def report(name: str, finding: str, items: list[str]) -> None:

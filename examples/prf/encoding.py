@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from accelerate import PartialState
-from collection import Passages
+from collection import Passages, read_jsonl
 from feedback import query_inputs
 from reformulators import Reformulator
 from tqdm.auto import tqdm
@@ -108,7 +109,7 @@ def encode_corpus(
 
     Raises ValueError where the folder holds the encoding of another encoder, corpus or setting."""
     folder = Path(folder)
-    form = "sparse" if hasattr(model.config, "special_token_ids") else "dense"
+    form = "sparse" if hasattr(model.config, "zeroed_ids") else "dense"
     card = EncodingCard(
         encoder=model_fingerprint(model), corpus=passages.fingerprint, passages=len(passages),
         dimension=model.dimension, max_length=max_length, form=form, dtype=dtype, block_size=block_size,
@@ -155,18 +156,23 @@ def published_weights(
     """By passage: the columns of its vector and their weights."""
     weights = {}
     for path in sorted(source.glob("*.jsonl")):
-        for number, line in enumerate(path.open(encoding="utf-8"), start=1):
-            record = json.loads(line)
-            unknown = [token for token in record["vector"] if token not in vocabulary]
+        for number, passage, record in read_jsonl(path, "vector"):
+            vector = record["vector"]
+            if not isinstance(vector, dict) or not all(is_weight(weight) for weight in vector.values()):
+                raise ValueError(f"{path}, line {number}: vector must give each token a finite number")
+            unknown = [token for token in vector if token not in vocabulary]
             if unknown:
                 raise ValueError(f"{path}, line {number}: tokens {unknown[:3]} are not in the tokenizer's vocabulary")
-            columns = np.array([vocabulary[token] for token in record["vector"]], dtype=np.int32)
-            values = np.array(list(record["vector"].values()), dtype=np.float32) * np.float32(scale)
-            weights[str(record.get("_id", record.get("id")))] = (columns, values)
+            columns = np.array([vocabulary[token] for token in vector], dtype=np.int32)
+            weights[passage] = (columns, np.array(list(vector.values()), dtype=np.float32) * np.float32(scale))
     missing = [passage for passage in passages.ids if passage not in weights]
     if missing:
         raise ValueError(f"{source}: {len(missing)} of {len(passages)} passages have no vector, e.g. {missing[0]}")
     return weights
+
+
+def is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def write_blocks(folder: Path, card: EncodingCard, make_block: Callable[[range], Vectors]) -> EncodedCorpus:
@@ -199,7 +205,7 @@ def encode_texts(
     feedback: Sequence[Sequence[str]] | None = None,
     max_length: int = 128,
     feedback_length: int = 128,
-    total_length: int = 512,
+    total_length: int | None = None,
     batch_size: int = 64,
     form: str = "dense",
 ) -> Vectors:

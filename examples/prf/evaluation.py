@@ -1,7 +1,8 @@
 """Evaluation of reformulated queries: effectiveness, significance and robustness.
 
-- Effectiveness by ir-measures: MRR@10, nDCG@10, R@1000 (R@100 where the corpus is small) and MAP; binary measures
-  count judgements from the collection's relevance level on.
+- Effectiveness by ir-measures: MRR@10, nDCG@10, and R and MAP at the depth that all runs of the evaluation have, at
+  most 1,000 (100 where the corpus is small). Binary measures count judgements from the collection's relevance level
+  on; a level above 1 is in their names, `MRR(rel=2)@10`.
 - Significance: a two-sided paired t-test over queries against the first pass (`scipy.stats.ttest_rel`).
 - Robustness index: (queries helped - queries hurt) / queries, against the first pass, and against the same model with
   one feedback passage fewer, which asks what comparative loss is for: does one more passage ever hurt?
@@ -24,25 +25,55 @@ from trec_runs import Run
 
 from cmp_trainer.saving.files import written_whole
 
+FIRST = 10  # passages that MRR and nDCG look at
 SMALL_CORPUS = 100_000
 TIE = 1e-9  # scores are sums of rounded numbers
 
 
-def measures_of(collection: Collection) -> dict[str, ir_measures.measures.Measure]:
-    """The measures by the names that tables use."""
-    level = collection.relevance_level
-    depth = 100 if len(collection.passages) < SMALL_CORPUS else 1000
+def measured_depth(num_passages: int, retrieval_depth: int, given: Run | None = None) -> int:
+    """The depth of R and MAP: 1,000, or 100 where the corpus is small, unless a run is less deep.
+
+    Args:
+        num_passages: in the corpus; a run that holds all of them is deep enough.
+        retrieval_depth: how many passages are retrieved in evaluation.
+        given: a first pass that was retrieved elsewhere, perhaps to another depth.
+
+    Raises:
+        ValueError: a depth below 10, to which MRR@10 and nDCG@10 look.
+
+    >>> measured_depth(8_841_823, 1000), measured_depth(8_841_823, 200), measured_depth(1_400, 1000)
+    (1000, 200, 100)
+    """
+    reached = retrieval_depth
+    if given is not None:
+        reached = min(reached, max(map(len, given.values())))
+    if reached < min(FIRST, num_passages):
+        origin = "--retrieval_depth" if given is None or reached == retrieval_depth else "the deepest list of the run"
+        raise ValueError(
+            f"{origin} has {reached} passages, but MRR@10 and nDCG@10 look at the first {FIRST}; retrieve more"
+        )
+    most = 100 if num_passages < SMALL_CORPUS else 1000
+    return most if reached >= num_passages else min(most, reached)
+
+
+def measures_of(relevance_level: int, depth: int) -> dict[str, ir_measures.measures.Measure]:
+    """The measures by the names that tables use.
+
+    >>> list(measures_of(1, 1000)), list(measures_of(2, 100))[0]
+    (['MRR@10', 'nDCG@10', 'R@1000', 'MAP@1000'], 'MRR(rel=2)@10')
+    """
+    level = "" if relevance_level == 1 else f"(rel={relevance_level})"
     return {
-        "MRR@10": RR(rel=level) @ 10,
-        "nDCG@10": nDCG @ 10,
-        f"R@{depth}": R(rel=level) @ depth,
-        "MAP": AP(rel=level),
+        f"MRR{level}@{FIRST}": RR(rel=relevance_level) @ FIRST,
+        f"nDCG@{FIRST}": nDCG @ FIRST,
+        f"R{level}@{depth}": R(rel=relevance_level) @ depth,
+        f"MAP{level}@{depth}": AP(rel=relevance_level) @ depth,
     }
 
 
-def per_query(collection: Collection, run: Run) -> dict[str, np.ndarray]:
+def per_query(collection: Collection, run: Run, depth: int) -> dict[str, np.ndarray]:
     """Every measure's values, in the order of the collection's queries. A query without results counts 0."""
-    measures = measures_of(collection)
+    measures = measures_of(collection.relevance_level, depth)
     names = {measure: name for name, measure in measures.items()}
     place = {query: index for index, query in enumerate(collection.queries)}
     values = {name: np.zeros(len(place)) for name in measures}

@@ -6,11 +6,13 @@ The first pass (encoder, encoded corpus, index, runs of the queries as they are)
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,17 @@ import numpy as np
 from accelerate import PartialState
 from arguments import PrfArguments
 from collection import Collection, load_collection, report
-from encoding import EncodedCorpus, encode_corpus, encode_texts, import_sparse_vectors
-from evaluation import CollectionResult, per_query
+from encoding import EncodedCorpus, encode_corpus, encode_texts, import_sparse_vectors, model_fingerprint
+from evaluation import CollectionResult, measured_depth, per_query
 from feedback import FeedbackCollator, training_queries
-from first_pass import DenseIndex, Index, SparseIndex, bm25_run, search_run
+from first_pass import DenseIndex, Index, SparseIndex, bm25_run, empty_index, search_run
 from pool_loss import PoolLoss, training_pool
 from reformulators import DenseReformulator, Reformulator, SparseReformulator
 from transformers import AutoConfig, AutoTokenizer
 from trec_runs import Run, read_run, write_run
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
+from cmp_trainer.data.lengths import check_length
 from cmp_trainer.scripting import ModelArguments, load_pretrained, plain_load_errors
 
 logger = logging.getLogger(__name__)
@@ -41,8 +44,9 @@ class Experiment:
     def __init__(self, data_args: PrfArguments) -> None:
         self.args = data_args
         self.folder = Path(data_args.first_pass_dir)
-        self.train = load_collection(data_args.train_collection) if data_args.train_collection else None
-        self.tests = [load_collection(name) for name in data_args.test_collections]
+        train, level = data_args.train_collection, data_args.relevance_level
+        self.train = load_collection(train, data_args.train_relevance_level) if train else None
+        self.tests = [load_collection(name, level) for name in data_args.test_collections]
         loaded = [*([self.train] if self.train else []), *self.tests]
         if not loaded:
             raise ValueError("no collection; give --train_collection or --test_collections")
@@ -56,6 +60,9 @@ class Experiment:
             for name in (data_args.model_name_or_path, encoder)
         )
         self.encoder = self.load_encoder(encoder)
+        self.check_lengths()
+        if data_args.representation == "dense":
+            empty_index(data_args.index, self.encoder.dimension, len(self.passages))  # refused before encoding
         self.corpus = self.encoded_corpus()
         with PartialState().main_process_first():
             self.index = self.open_index()
@@ -70,9 +77,17 @@ class Experiment:
         if kind is DenseReformulator:
             settings["pooling"] = self.args.pooling
         else:
-            settings["log_saturation"] = self.args.log_saturation
+            settings |= {
+                "log_saturation": self.args.log_saturation, "first_weighted_id": self.args.first_weighted_id
+            }  # fmt: skip
         with plain_load_errors(name):
             return kind.from_encoder(name, **settings).to(device)
+
+    def check_lengths(self) -> None:
+        """Raises ValueError where the encoder has fewer positions than a text may have tokens."""
+        check_length("--total_length", self.args.total_length, self.tokenizer, self.encoder.encoder)
+        if not self.args.passage_vectors:
+            check_length("--encoding_length", self.args.encoding_length, self.passage_tokenizer, self.encoder.encoder)
 
     def encoded_corpus(self) -> EncodedCorpus:
         folder, tokenizer = self.folder / "vectors", self.passage_tokenizer
@@ -97,11 +112,18 @@ class Experiment:
         path = self.folder / f"{self.args.index.replace(',', '-')}.faiss"
         return DenseIndex(self.corpus, path, self.args.index, self.args.index_depth)
 
-    def tests_with_runs(self) -> list[tuple[Collection, Run]]:
+    def tests_with_runs(self) -> list[Test]:
         """The test collections, each with its first-pass run."""
         files = self.args.test_runs or [None] * len(self.tests)
-        depth = self.args.retrieval_depth
-        return [(test, self.first_pass(test, depth, file)) for test, file in zip(self.tests, files, strict=True)]
+        return [self.test_of(test, file) for test, file in zip(self.tests, files, strict=True)]
+
+    def test_of(self, collection: Collection, given: str | None) -> Test:
+        first_pass = self.first_pass(collection, self.args.retrieval_depth, given)
+        few = [query for query, ranked in first_pass.items() if len(ranked) < self.args.feedback_passages]
+        finding = f"queries have fewer than {self.args.feedback_passages} feedback passages, so they are given fewer"
+        report(collection.name, finding, few)
+        depth = measured_depth(len(self.passages), self.args.retrieval_depth, first_pass if given else None)
+        return Test(collection, first_pass, depth)
 
     def train_with_run(self) -> tuple[Collection, Run] | None:
         """The training collection with its first-pass run, no deeper than training looks."""
@@ -160,8 +182,38 @@ class Experiment:
             self.index, vectors, list(collection.queries), self.passages, depth or self.args.retrieval_depth
         )
 
+    @functools.cached_property
+    def content(self) -> dict[str, Any]:
+        """What corpus, collections, given runs and encoder hold, in hashes: a result belongs to it."""
+        collections = dict(zip(self.args.test_collections, self.tests, strict=True))
+        if self.train:
+            collections[str(self.args.train_collection)] = self.train
+        runs = [self.args.train_run, *self.args.test_runs]
+        start = self.args.model_name_or_path
+        return {
+            "passages": self.corpus.card.corpus,
+            "passage vectors": self.corpus.card.encoder,
+            "queries": {name: digest(one.queries) for name, one in collections.items()},
+            "judgements": {name: digest([one.qrels, one.relevance_level]) for name, one in collections.items()},
+            "runs": {path: file_digest(path) for path in runs if path},
+            "starting model": model_fingerprint(self.load_encoder(start)) if Path(start).is_dir() else start,
+        }
+
     def texts(self, ranked: list[tuple[str, float]]) -> list[str]:
         return self.passages.texts([self.passages.row_of[document] for document, _ in ranked]) if ranked else []
+
+
+@dataclass(frozen=True)
+class Test:
+    """What is tested on: `depth` is that of R and MAP (see `measured_depth`)."""
+
+    collection: Collection
+    first_pass: Run
+    depth: int
+
+    def values(self, run: Run) -> dict[str, list[float]]:
+        """Every measure's values, in the order of the queries."""
+        return {name: values.tolist() for name, values in per_query(self.collection, run, self.depth).items()}
 
 
 def make_trainer(
@@ -196,33 +248,33 @@ def make_trainer(
     )
 
 
-def evaluate(
-    experiment: Experiment, model: Reformulator, test: Collection, first_pass: Run, fold: int, folder: Path
-) -> CollectionResult:
+def evaluate(experiment: Experiment, model: Reformulator, test: Test, fold: int, folder: Path) -> CollectionResult:
     """Search the reformulated queries at 0, 1, … feedback passages over the whole corpus; the runs are written."""
-    bm25 = bm25_run(test.passages, test.queries, experiment.folder / "bm25", experiment.args.retrieval_depth)
+    collection, depth = test.collection, experiment.args.retrieval_depth
+    bm25 = bm25_run(collection.passages, collection.queries, experiment.folder / "bm25", depth)
     reformulated = []
     for number in range(experiment.args.feedback_passages + 1):
-        found = experiment.search(model, test, first_pass, number)
-        write_run(found, folder / "runs" / f"{file_name(test.name)}.{number}.trec", f"feedback-{number}")
-        reformulated.append(values_of(test, found))
-    folds = [fold] * len(test.queries)
+        found = experiment.search(model, collection, test.first_pass, number)
+        write_run(found, folder / "runs" / f"{file_name(collection.name)}.{number}.trec", f"feedback-{number}")
+        reformulated.append(test.values(found))
+    folds = [fold] * len(collection.queries)
     return CollectionResult(
-        list(test.queries), folds, values_of(test, first_pass), values_of(test, bm25), reformulated
+        list(collection.queries), folds, test.values(test.first_pass), test.values(bm25), reformulated
     )
-
-
-def values_of(collection: Collection, found: Run) -> dict[str, list[float]]:
-    return {measure: values.tolist() for measure, values in per_query(collection, found).items()}
 
 
 def is_reformulator(name: str, kind: Any) -> bool:
     return isinstance(load_pretrained(AutoConfig, name, ModelArguments(name)), kind.config_class)
 
 
-def digest(queries: dict[str, str]) -> str:
-    """Of ids and texts: a run of other queries is not taken for one of these."""
-    return hashlib.sha256(json.dumps(queries).encode()).hexdigest()[:8]
+def digest(content: object) -> str:
+    """Hash of queries, judgements or other values: a result of other ones is not taken for one of these."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
+def file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
 
 def check_file_names(collections: Sequence[str]) -> None:

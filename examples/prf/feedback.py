@@ -104,7 +104,8 @@ def query_inputs(
 ) -> list[dict[str, Any]]:
     """`input_ids` and `crop_segments` (0 for the query, i for feedback passage i with its [SEP]) of each query.
 
-    The lengths count text tokens and the special ones beside them; `limit` is for the whole. Raises ValueError for a
+    The lengths count text tokens and the special ones beside them; `limit` is for the whole, which ends in [SEP] also
+    where it is cut. Raises ValueError for a
     tokenizer without the special tokens that part the texts."""
     first, separator = special_ids(tokenizer)
     query_ids = token_ids(tokenizer, queries, query_length - 2)
@@ -116,7 +117,9 @@ def query_inputs(
             passage = [*next(passage_ids), separator]
             ids += passage
             segments += [number] * len(passage)
-        inputs.append({"input_ids": ids[:limit], "crop_segments": segments[:limit]})
+        if limit is not None and len(ids) > limit:
+            ids = [*ids[: limit - 1], separator]
+        inputs.append({"input_ids": ids, "crop_segments": segments[:limit]})
     return inputs
 
 

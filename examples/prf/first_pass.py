@@ -11,7 +11,8 @@ index of other ones is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -153,20 +154,65 @@ def bm25_run(passages: Passages, queries: dict[str, str], folder: Path, number: 
 
 
 def build_index(corpus: EncodedCorpus, path: Path, factory: str) -> None:
+    index = empty_index(factory, corpus.card.dimension, len(corpus))
+    with plain_index_errors(factory, corpus.card.dimension):
+        if not index.is_trained:
+            sample = np.random.default_rng(0).permutation(len(corpus))[:TRAINING_VECTORS]
+            index.train(np.ascontiguousarray(corpus.rows(np.sort(sample)), dtype=np.float32))
+        for block in tqdm(corpus.blocks(), desc=f"indexing ({factory})", unit="block"):
+            index.add(np.ascontiguousarray(block, dtype=np.float32))
+        with written_whole(path) as file:
+            faiss.write_index(index, str(file))
+
+
+def empty_index(factory: str, dimension: int, num_passages: int) -> faiss.Index:
+    """The index that a factory string describes, untrained. Call it before a corpus is encoded for it.
+
+    Raises ValueError where FAISS does not know it, or its clusters are more than the passages."""
+    with plain_index_errors(factory, dimension):
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    needed = most_clusters(index)
+    if needed > num_passages:
+        raise ValueError(
+            f"--index {factory} has {needed:,} clusters to train, more than the corpus has passages "
+            f"({num_passages:,}); give fewer, or Flat, which is exact"
+        )
+    return index
+
+
+def most_clusters(index: faiss.Index) -> int:
+    """The largest number of clusters that a part of the index is trained to: FAISS needs as many vectors.
+
+    Parts are lists (IVF), codebooks (PQ and its relatives) and the indexes inside of others.
+
+    >>> most_clusters(faiss.index_factory(64, "OPQ8_32,IVF16,PQ8x4"))
+    256
+    """
+    part: Any = faiss.downcast_index(index)  # borrows from `index`, which must live as long
+    names = ("index", "base_index", "refine_index", "storage", "quantizer")
+    counts = [most_clusters(getattr(part, name)) for name in names if getattr(part, name, None) is not None]
+    counts.append(getattr(part, "nlist", 1))
+    if hasattr(part, "pq"):
+        counts.append(part.pq.ksub)
+    if hasattr(part, "aq"):
+        counts.append(2 ** int(faiss.vector_to_array(part.aq.nbits).max()))
+    if isinstance(part, faiss.IndexPreTransform):
+        chain: Any = part.chain
+        steps = [faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())]
+        counts += [256 for step in steps if isinstance(step, faiss.OPQMatrix)]  # the PQ that OPQ trains for itself
+    return max(counts)
+
+
+@contextmanager
+def plain_index_errors(factory: str, dimension: int) -> Iterator[None]:
+    """FAISS's errors without its source lines."""
     try:
-        index = faiss.index_factory(corpus.card.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        yield
     except RuntimeError as error:
         raise ValueError(
-            f"--index {factory} is no index of FAISS for {corpus.card.dimension} dimensions "
+            f"--index {factory} is no index that FAISS can make of {dimension} dimensions by inner product "
             f"({str(error).rpartition(': ')[2]}); give Flat, HNSW32, IVF4096,Flat or the like"
         ) from None
-    if not index.is_trained:
-        sample = np.random.default_rng(0).permutation(len(corpus))[:TRAINING_VECTORS]
-        index.train(np.ascontiguousarray(corpus.rows(np.sort(sample)), dtype=np.float32))
-    for block in tqdm(corpus.blocks(), desc=f"indexing ({factory})", unit="block"):
-        index.add(np.ascontiguousarray(block, dtype=np.float32))
-    with written_whole(path) as file:
-        faiss.write_index(index, str(file))
 
 
 def build_postings(corpus: EncodedCorpus, folder: Path) -> None:

@@ -6,9 +6,10 @@ it. The same classes encode queries and passages alone (k = 0): the first pass i
 
 - `DenseReformulator`: first-token or mean pooling, optionally a linear layer with layer norm (the layout of
   castorini/ance-msmarco-passage: RoBERTa, linear 768, layer norm) and L2 normalization.
-- `SparseReformulator`: a masked-language-model head, maximum over the tokens, ReLU, special tokens zeroed, optionally
-  log(1 + weight) and L2 normalization: one weight for each vocabulary entry. The maximum runs over every token of the
-  input, [CLS] and [SEP] too, as in the published reformulator and in SPLADE; what is zeroed is their entries.
+- `SparseReformulator`: a masked-language-model head, maximum over the tokens, ReLU, some vocabulary ids zeroed,
+  optionally log(1 + weight) and L2 normalization: one weight for each vocabulary entry. The maximum runs over every
+  token of the input, [CLS] and [SEP] too, as in the published reformulator and in SPLADE; what is zeroed is their
+  entries. The published reformulator zeroes BERT's ids 0 … 998, which are no words, except [UNK].
 
 Sources: Yu et al., "Improving Query Representations for Dense Retrieval with Pseudo Relevance Feedback" (CIKM 2021);
 "LoL: A Comparative Regularization Loss over Query Reformulation Losses for Pseudo-Relevance Feedback" (SIGIR 2022).
@@ -133,22 +134,21 @@ class DenseReformulator(PreTrainedModel):
 
 
 class SparseReformulatorConfig(PretrainedConfig):
-    """`special_token_ids`: vocabulary entries that never get a weight. `log_saturation`: log(1 + weight), as in
-    SPLADE."""
+    """`zeroed_ids`: vocabulary entries that never get a weight. `log_saturation`: log(1 + weight), as in SPLADE."""
 
     model_type = "prf-sparse-reformulator"
 
     def __init__(
         self,
         encoder: dict[str, Any] | None = None,
-        special_token_ids: list[int] | None = None,
+        zeroed_ids: list[int] | None = None,
         normalize: bool = True,
         scale: float = 1.0,
         log_saturation: bool = False,
         **kwargs: Any,
     ) -> None:
         self.encoder = encoder
-        self.special_token_ids = special_token_ids or []
+        self.zeroed_ids = zeroed_ids or []
         self.log_saturation = log_saturation
         self.normalize = normalize
         self.scale = scale
@@ -182,8 +182,8 @@ class SparseReformulator(PreTrainedModel):
         logits = self.encoder(input_ids=input_ids, attention_mask=attention_mask).logits  # (batch, length, vocabulary)
         padding = attention_mask.unsqueeze(-1) == 0
         vectors = logits.masked_fill(padding, float("-inf")).amax(dim=1).relu()
-        special = torch.tensor(self.config.special_token_ids, dtype=torch.long, device=vectors.device)
-        vectors = vectors.index_fill(1, special, 0.0)
+        zeroed = torch.tensor(self.config.zeroed_ids, dtype=torch.long, device=vectors.device)
+        vectors = vectors.index_fill(1, zeroed, 0.0)
         if self.config.log_saturation:
             vectors = vectors.log1p()
         if self.config.normalize:
@@ -192,13 +192,23 @@ class SparseReformulator(PreTrainedModel):
 
     @classmethod
     def from_encoder(
-        cls, name: str, normalize: bool = True, scale: float = 1.0, log_saturation: bool = False
+        cls,
+        name: str,
+        normalize: bool = True,
+        scale: float = 1.0,
+        log_saturation: bool = False,
+        first_weighted_id: int | None = None,
     ) -> SparseReformulator:
-        """A reformulator that starts as the masked language model `name`, a Hub name or a folder."""
+        """A reformulator that starts as the masked language model `name`, a Hub name or a folder.
+
+        The special tokens get no weight; with `first_weighted_id`, no id below it does, and [UNK] may have one."""
         source = AutoModelForMaskedLM.from_pretrained(name)
-        special = sorted(AutoTokenizer.from_pretrained(name).all_special_ids)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        zeroed = set(tokenizer.all_special_ids)
+        if first_weighted_id is not None:
+            zeroed = (zeroed | set(range(first_weighted_id))) - {tokenizer.unk_token_id}
         settings = {"normalize": normalize, "scale": scale, "log_saturation": log_saturation}
-        model = cls(SparseReformulatorConfig(source.config.to_dict(), special, **settings))
+        model = cls(SparseReformulatorConfig(source.config.to_dict(), sorted(zeroed), **settings))
         model.encoder.load_state_dict(source.state_dict())
         return model
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from arguments import PrfArguments, check_training, settings_of
+from arguments import PrfArguments, check_training, differences, settings_of
 
 from cmp_trainer import CmpTrainingArguments
 from cmp_trainer.saving.checkpoints import checkpoints, fault_of
@@ -28,7 +28,7 @@ with plain_errors():
     from compare import comparison_table, plot_curves
     from demo_collection import write_demo
     from evaluation import CollectionResult, load_results, save_results
-    from experiment import Experiment, evaluate, file_name, make_trainer
+    from experiment import Experiment, Test, evaluate, file_name, make_trainer
     from sklearn.model_selection import KFold
     from trec_runs import Run
 
@@ -49,7 +49,7 @@ def main() -> None:
     else:
         results = run_split(experiment, args, experiment.train_with_run(), experiment.tests_with_runs())
     if results and PartialState().is_main_process:
-        report(results, Path(str(args.output_dir)), settings_of(data_args, args))
+        report(results, Path(str(args.output_dir)), settings_of(data_args, args, experiment.content))
     PartialState().destroy_process_group()  # whose threads may abort a process that ends before them
 
 
@@ -57,7 +57,8 @@ def run_folds(experiment: Experiment, args: CmpTrainingArguments) -> dict[str, C
     """Train and test on every fold; a fold interrupted in training goes on from its last checkpoint."""
     collection = experiment.train
     assert collection is not None and experiment.args.num_folds is not None
-    first_pass = experiment.first_pass(collection, experiment.args.retrieval_depth, experiment.args.train_run)
+    level = experiment.args.relevance_level or collection.relevance_level
+    whole = experiment.test_of(replace(collection, relevance_level=level), experiment.args.train_run)
     names = np.array(list(collection.queries))
     folds = KFold(experiment.args.num_folds, shuffle=True, random_state=FOLD_SEED).split(names)
     results: dict[str, CollectionResult] = {}
@@ -66,8 +67,8 @@ def run_folds(experiment: Experiment, args: CmpTrainingArguments) -> dict[str, C
         fold_args = replace(args, output_dir=str(folder), seed=args.seed + fold)
         begun = any(fault_of(checkpoint) is None for checkpoint in checkpoints(folder))
         fold_args.resume_from_checkpoint = "true" if begun else None
-        parts = [collection.subset(names[part]) for part in (train, test)]
-        trained, tested = ((part, {query: first_pass[query] for query in part.queries}) for part in parts)
+        trained = (collection.subset(names[train]), whole.first_pass)
+        tested = replace(whole, collection=whole.collection.subset(names[test]))
         found = run_split(experiment, fold_args, trained, [tested], fold)
         results = {name: results[name].joined(one) if name in results else one for name, one in found.items()}
     return results
@@ -77,15 +78,19 @@ def run_split(
     experiment: Experiment,
     args: CmpTrainingArguments,
     train: tuple[Collection, Run] | None,
-    tests: list[tuple[Collection, Run]],
+    tests: list[Test],
     fold: int = 0,
 ) -> dict[str, CollectionResult]:
     """Train on one collection and test on others; what is already evaluated with these settings is returned."""
-    path, settings = Path(str(args.output_dir)) / "evaluation.json", settings_of(experiment.args, args)
+    path = Path(str(args.output_dir)) / "evaluation.json"
+    settings = settings_of(experiment.args, args, experiment.content)
     if path.exists():
         results, found = load_results(path)
         if found != settings:
-            raise ValueError(f"{path} was found with other settings; give another --output_dir, or remove this one")
+            raise ValueError(
+                f"{path} was found with other settings or data ({', '.join(differences(found, settings))}); give "
+                "another --output_dir, or remove this one"
+            )
         logger.warning("%s is there already", path)
         return results
     set_up(args)
@@ -94,7 +99,7 @@ def run_split(
         run(make_trainer(experiment, args, *train, model))
     if not (args.do_eval and PartialState().is_main_process):
         return {}
-    results = {test.name: evaluate(experiment, model, test, feedback, fold, path.parent) for test, feedback in tests}
+    results = {test.collection.name: evaluate(experiment, model, test, fold, path.parent) for test in tests}
     save_results(results, settings, path)
     return results
 
