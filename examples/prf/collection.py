@@ -250,7 +250,9 @@ def arrow_passages(records, **arguments) -> Passages:
     try:
         dataset = Dataset.from_generator(records, features=PASSAGE_FEATURES, gen_kwargs=arguments)
     except DatasetGenerationError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
+        if isinstance(error.__cause__, ValueError):
+            raise ValueError(str(error.__cause__)) from None
+        raise
     assert isinstance(dataset, Dataset)
     filled = [row for batch in batches(dataset) for row, text in batch if text.strip()]
     if len(filled) < len(dataset):
