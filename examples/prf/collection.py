@@ -185,6 +185,8 @@ def checked_collection(
     report(name, "judgements name passages that the corpus lacks; they count as never found", missing)
     if not judged:
         raise ValueError(f"{name}: no query has a judgement; do the ids of queries and qrels agree?")
+    irrelevant = [query for query, found in judged.items() if max(found.values()) < relevance_level]
+    report(name, f"queries have no judgement of {relevance_level} or more, so nothing relevant", irrelevant)
     ordered = {query: text for query, text in queries.items() if query in judged}
     return Collection(name, passages, ordered, {query: judged[query] for query in ordered}, relevance_level)
 
