@@ -156,7 +156,7 @@ def test_judgements_count_from_the_level_of_the_collections_own_measures(name, l
 def test_the_relevance_level_can_be_given(tmp_path, caplog):
     name = write_folder(tmp_path / "c", PASSAGES, QUERIES, [("q1", "doc-a", 1), ("q2", "β/7", 2)])
     assert load_collection(name, relevance_level=2).positives() == {"q1": [], "q2": [1]}
-    assert "c: 1 queries have no judgement of 2 or more, so nothing relevant (e.g. q1)" in caplog.text
+    assert "c: 1 queries have no judgement of 2 or more and count as having nothing relevant (e.g. q1)" in caplog.text
 
 
 def test_repeated_ids_are_refused(tmp_path):

@@ -185,9 +185,9 @@ def test_a_run_too_shallow_for_the_measures_is_rejected(demo, tmp_path):
     assert experiment.train is not None
     path = tmp_path / "run.trec"
     write_run({query: [("p0-0-0", 1.0)] for query in experiment.train.queries}, path, "test")
-    with pytest.raises(ValueError, match="the deepest list of the run has 1 passages, but MRR@10 and nDCG@10 look at"):
+    with pytest.raises(ValueError, match="the depth of the given run is 1, but MRR@10 and nDCG@10 need 10 passages"):
         experiment.test_of(experiment.train, str(path))
-    with pytest.raises(ValueError, match="--retrieval_depth has 9 passages"):
+    with pytest.raises(ValueError, match="--retrieval_depth is 9, but"):
         measured_depth(1_000, 9)
     assert measured_depth(5, 1_000) == 100  # all of the corpus is retrieved
 
@@ -441,6 +441,7 @@ def test_two_processes_encode_train_and_evaluate(monkeypatch, demo, tmp_path, co
         ({"first_weighted_id": 5}, "are for --representation sparse"),
         ({"retrieval_depth": 1}, "--retrieval_depth 1 is less than --feedback_passages 2"),
         ({"query_length": 2}, "--query_length 2: expected 3 or more"),
+        ({"total_length": 40}, "--total_length 40 has no room for a passage (32 tokens) after a query (16)"),
         ({"candidates": 0}, "--candidates 0: expected 1 or more"),
         ({"total_length": 513}, "--total_length 513 is more than the model takes; pass at most 512"),
         ({"encoding_length": 1000}, "--encoding_length 1000 is more than the model takes; pass at most 512"),

@@ -89,6 +89,11 @@ class PrfArguments:
         for name, least in (("query_length", 3), ("passage_length", 2)):  # [CLS] and [SEP] count
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected {least} or more, with the special tokens")
+        if self.total_length < self.query_length + self.passage_length:
+            raise ValueError(
+                f"--total_length {self.total_length} has no room for a passage ({self.passage_length} tokens) after a "
+                f"query ({self.query_length}); raise it or lower --query_length and --passage_length"
+            )
         if self.retrieval_depth < self.feedback_passages:
             raise ValueError(
                 f"--retrieval_depth {self.retrieval_depth} is less than --feedback_passages {self.feedback_passages}; "

@@ -139,9 +139,9 @@ def folder_and_split(name: str) -> tuple[Path | None, str]:
 
 
 def own_relevance_level(name: str) -> int:
-    """The level from which the binary measures that the makers of a collection report count a judgement as relevant.
+    """The lowest judgement that counts as relevant in the binary measures that a collection's makers report.
 
-    Read from ir_datasets' list of a collection's official measures: that of the reciprocal rank, or else the largest.
+    It comes from ir_datasets' list of official measures: the level of the reciprocal rank, or else the largest one.
 
     >>> [own_relevance_level(f"msmarco-{kind}/trec-dl-2020") for kind in ("passage", "document")]
     [2, 1]
@@ -186,7 +186,11 @@ def checked_collection(
     if not judged:
         raise ValueError(f"{name}: no query has a judgement; do the ids of queries and qrels agree?")
     irrelevant = [query for query, found in judged.items() if max(found.values()) < relevance_level]
-    report(name, f"queries have no judgement of {relevance_level} or more, so nothing relevant", irrelevant)
+    report(
+        name,
+        f"queries have no judgement of {relevance_level} or more and count as having nothing relevant",
+        irrelevant,
+    )
     ordered = {query: text for query, text in queries.items() if query in judged}
     return Collection(name, passages, ordered, {query: judged[query] for query in ordered}, relevance_level)
 

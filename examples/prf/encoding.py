@@ -4,7 +4,7 @@ The corpus is cut into blocks of rows. Each block is one file (dense: `.npy`, me
 `.npz`), written under another name and renamed when complete. So a block that exists is whole: an interrupted
 encoding continues with the blocks that are missing, and under `accelerate launch` (or torchrun) each process takes
 every n-th of them, with any number of processes. `encoding.json` says what was encoded by what; anything else in the
-same folder is refused.
+same folder is rejected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,7 @@ class EncodingCard:
 
     def check(self, path: Path) -> None:
         """Raises ValueError where the card in `path` differs, naming each difference."""
-        found = json.loads(path.read_text())
-        differing = [f"{key}: there {found.get(key)}, here {value}" for key, value in asdict(self).items()
-                     if found.get(key) != value]  # fmt: skip
-        if differing:
-            raise ValueError(
-                f"{path} is of another encoder, corpus or setting ({'; '.join(differing)}); "
-                "give another folder, or remove this one to encode anew"
-            )
+        check_card(path, asdict(self))
 
     def write(self, path: Path) -> None:
         with written_whole(path) as file:
@@ -230,6 +223,23 @@ def encode_texts(
         parts.append(sp.csr_matrix(vectors) if form == "sparse" else vectors)
     model.train(was_training)
     return stack(parts, form)[np.argsort(order)]
+
+
+def check_card(path: Path, card: Mapping[str, Any]) -> None:
+    """Raises ValueError where the card in `path` is missing or differs, naming each difference."""
+    if not path.exists():
+        raise ValueError(
+            f"{path} is missing, which says what the files beside it are of; remove them to make them anew"
+        )
+    found = json.loads(path.read_text())
+    differing = [
+        f"{key}: there {found.get(key)}, here {value}" for key, value in card.items() if found.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} is of another encoder, corpus or setting ({'; '.join(differing)}); give another folder, or "
+            "remove this one to make it anew"
+        )
 
 
 def largest_terms(vectors: Vectors, number: int) -> sp.csr_matrix:

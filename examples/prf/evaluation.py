@@ -2,7 +2,7 @@
 
 - Effectiveness by ir-measures: MRR@10, nDCG@10, and R and MAP at the depth that all runs of the evaluation have, at
   most 1,000 (100 where the corpus is small). Binary measures count judgements from the collection's relevance level
-  on; a level above 1 is in their names, `MRR(rel=2)@10`.
+  upwards; a level above 1 is in their names, `MRR(rel=2)@10`.
 - Significance: a two-sided paired t-test over queries against the first pass (`scipy.stats.ttest_rel`).
 - Robustness index: (queries helped - queries hurt) / queries, against the first pass, and against the same model with
   one feedback passage fewer, which asks what comparative loss is for: does one more passage ever hurt?
@@ -39,7 +39,7 @@ def measured_depth(num_passages: int, retrieval_depth: int, given: Run | None = 
         given: a first pass that was retrieved elsewhere, perhaps to another depth.
 
     Raises:
-        ValueError: a depth below 10, to which MRR@10 and nDCG@10 look.
+        ValueError: a depth below 10, which MRR@10 and nDCG@10 need.
 
     >>> measured_depth(8_841_823, 1000), measured_depth(8_841_823, 200), measured_depth(1_400, 1000)
     (1000, 200, 100)
@@ -48,10 +48,8 @@ def measured_depth(num_passages: int, retrieval_depth: int, given: Run | None = 
     if given is not None:
         reached = min(reached, max(map(len, given.values())))
     if reached < min(FIRST, num_passages):
-        origin = "--retrieval_depth" if given is None or reached == retrieval_depth else "the deepest list of the run"
-        raise ValueError(
-            f"{origin} has {reached} passages, but MRR@10 and nDCG@10 look at the first {FIRST}; retrieve more"
-        )
+        origin = "--retrieval_depth" if reached == retrieval_depth else "the depth of the given run"
+        raise ValueError(f"{origin} is {reached}, but MRR@10 and nDCG@10 need {FIRST} passages; retrieve more")
     most = 100 if num_passages < SMALL_CORPUS else 1000
     return most if reached >= num_passages else min(most, reached)
 

@@ -62,7 +62,9 @@ class Experiment:
         self.encoder = self.load_encoder(encoder)
         self.check_lengths()
         if data_args.representation == "dense":
-            empty_index(data_args.index, self.encoder.dimension, len(self.passages))  # refused before encoding
+            empty_index(
+                data_args.index, self.encoder.dimension, len(self.passages)
+            )  # rejected before anything is encoded
         self.corpus = self.encoded_corpus()
         with PartialState().main_process_first():
             self.index = self.open_index()
@@ -120,7 +122,7 @@ class Experiment:
     def test_of(self, collection: Collection, given: str | None) -> Test:
         first_pass = self.first_pass(collection, self.args.retrieval_depth, given)
         few = [query for query, ranked in first_pass.items() if len(ranked) < self.args.feedback_passages]
-        finding = f"queries have fewer than {self.args.feedback_passages} feedback passages, so they are given fewer"
+        finding = f"queries have fewer than {self.args.feedback_passages} feedback passages and read those they have"
         report(collection.name, finding, few)
         depth = measured_depth(len(self.passages), self.args.retrieval_depth, first_pass if given else None)
         return Test(collection, first_pass, depth)
@@ -189,14 +191,14 @@ class Experiment:
         if self.train:
             collections[str(self.args.train_collection)] = self.train
         runs = [self.args.train_run, *self.args.test_runs]
-        start = self.args.model_name_or_path
+        start = self.load_encoder(self.args.model_name_or_path) if self.args.passage_encoder else self.encoder
         return {
             "passages": self.corpus.card.corpus,
             "passage vectors": self.corpus.card.encoder,
             "queries": {name: digest(one.queries) for name, one in collections.items()},
             "judgements": {name: digest([one.qrels, one.relevance_level]) for name, one in collections.items()},
             "runs": {path: file_digest(path) for path in runs if path},
-            "starting model": model_fingerprint(self.load_encoder(start)) if Path(start).is_dir() else start,
+            "starting model": model_fingerprint(start),
         }
 
     def texts(self, ranked: list[tuple[str, float]]) -> list[str]:

@@ -3,9 +3,10 @@
 `[CLS] query [SEP] passage 1 [SEP] … passage k [SEP]`, each text cut to its own limit and the whole to the encoder's.
 With c crops, a training query has 1 + c different numbers of feedback passages, drawn without replacement from
 0, …, n, where n is the length of its list (at most 5), largest first. The full variant reads a random sample of the
-list in random order, as many passages as the largest number; every crop reads a prefix of that sample. All is drawn
-anew each time (`--shuffle_psgs` of the published code, LoL, SIGIR 2022). The collator draws the sample; `CmpCrop` in
-prefix order draws the smaller numbers, by the segments that the collator marks. Evaluation keeps the ranking's order.
+list in random order, as many passages as the largest number; every crop reads a prefix of that sample. All of it is
+drawn anew each time (`--shuffle_psgs` of the published code, LoL, SIGIR 2022). The collator draws the sample, and
+`CmpCrop` in prefix order draws the smaller numbers, by the segments that the collator marks. Evaluation keeps the
+ranking's order.
 """
 
 from __future__ import annotations
@@ -151,9 +152,9 @@ def training_queries(
 
 
 def check_feedback(queries: Sequence[str], feedback: dict[str, list[int]], num_crops: int) -> None:
-    """Counts the queries with fewer passages than crops: the numbers of their last variants are all 0.
+    """Warns of queries with fewer passages than crops, whose last variants all read none.
 
-    Raises ValueError where these are all queries."""
+    Raises ValueError where all queries are like that."""
     short = [query for query in queries if len(feedback[query]) < num_crops]
     if len(short) == len(queries):
         raise ValueError(

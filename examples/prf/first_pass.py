@@ -5,7 +5,7 @@
 - `bm25_run`: BM25 by bm25s, the reference that needs no encoder.
 
 An index is built from an encoding once, saved, and memory-mapped when loaded. Its card names encoder and corpus; an
-index of other ones is refused.
+index of other ones is rejected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 import scipy.sparse as sp
 from collection import Passages
-from encoding import EncodedCorpus, Vectors
+from encoding import EncodedCorpus, Vectors, check_card
 from tqdm.auto import tqdm
 from trec_runs import Run, run_from_rows
 
@@ -235,19 +235,3 @@ def set_depth(index: faiss.Index, depth: int) -> None:
         index = faiss.downcast_index(inside)
     if isinstance(index, faiss.IndexHNSW):
         index.hnsw.efSearch = depth
-
-
-def check_card(path: Path, card: dict) -> None:
-    if not path.exists():
-        raise ValueError(
-            f"{path} is missing, which says what the index beside it is of; remove the index to build it anew"
-        )
-    found = json.loads(path.read_text())
-    differing = [
-        f"{key}: there {found.get(key)}, here {value}" for key, value in card.items() if found.get(key) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"the index of {path} is of another encoder, corpus or setting ({'; '.join(differing)}); "
-            "give another folder, or remove this one to build it anew"
-        )

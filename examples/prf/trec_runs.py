@@ -1,7 +1,7 @@
 """TREC run files: one line `query Q0 document rank score tag` for each retrieved document.
 
 In memory a run is `{query: [(document, score), …]}`, best first. Evaluation tools order by score and ignore the rank,
-so a file whose ranks and scores disagree has no single meaning and is refused, as are duplicate ranks or documents.
+so a file whose ranks and scores disagree has no single meaning and is rejected, as are duplicate ranks or documents.
 Lines out of order are sorted, and that is reported.
 """
 
