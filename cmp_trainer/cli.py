@@ -1,4 +1,4 @@
-"""The command line: `cmp-trainer run script.py …` and `cmp-trainer curve MODEL … --data FILE`.
+"""The command line: `cmp-trainer run script.py …`, `cmp-trainer curve MODEL …`, `cmp-trainer compare script.py …`.
 
 Where a launcher wants a module, `python -m cmp_trainer.cli …` does the same.
 Each command is a parser and a function; what a command needs is imported when it runs.
@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name; those of this process when None."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parsed_run(words) if words[:1] == ["run"] else make_parser().parse_args(words)
+    parse = {"run": _parsed_run, "compare": _parsed_compare}.get(words[0] if words else "", make_parser().parse_args)
+    parsed = parse(words)
     parsed.command(parsed)
 
 
@@ -30,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_run(commands)
     _add_curve(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -152,6 +154,58 @@ def _curve(parsed: argparse.Namespace) -> None:
     from cmp_trainer.curve import run_curve
 
     run_curve(parsed)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="run a script by several methods and seeds, and compare",
+        usage="cmp-trainer compare script.py [the script's own arguments …] --metric NAME --output FOLDER [options]",
+        description="Run a Hugging Face script several times, methods x seeds, each run as a process of its own, and "
+        "write a table, its numbers and a plot: which method is better, by how much, and at what cost. What has "
+        "finished is not run again, so the same command continues an interrupted study.",
+        epilog="In the arguments, {seed}, {task} and {method} are replaced; --seed and --output_dir are added. What "
+        "stands after -- belongs to the script.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--study", metavar="FILE", help="YAML file with these options as keys, and with script and arguments")
+    add(
+        "--method",
+        action="append",
+        metavar="NAME[=ARGS]",
+        help="a built-in method (docs/howto_compare.md lists them; `all`), or a name and its arguments; repeat it. The "
+        "first one is what the others are compared with. Default: plain, no-dropout, plain-3x, comparative-2",
+    )
+    add("--task", action="append", metavar="NAME=ARGS", help="a task and its arguments; repeat it for several")
+    add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 5)")
+    add(
+        "--metric", nargs="+", metavar="NAME", help="what runs report; losses count as lower is better, NAME:lower too"
+    )
+    add("--learning_rates", nargs="+", metavar="RATE", help="rates to choose from, for each method")
+    add("--select", metavar="NAME", help="metric of a validation split that a learning rate is chosen by")
+    add("--select_seeds", type=int, metavar="N", help="choose it with the first N seeds (default: 1)")
+    add("--select_tasks", nargs="+", metavar="TASK", help="choose one rate for all tasks on these; default: for each")
+    add("--output", metavar="FOLDER", help="where records, logs and results go")
+    add("--jobs", type=int, metavar="N", help="runs side by side, with the threads divided (default: 1)")
+    add("--launcher", metavar="COMMAND", help="command before each run, such as srun or 'accelerate launch'")
+    add("--discard", action="store_true", help="delete a run's output folder when its metrics are recorded")
+    parser.set_defaults(command=_compare)
+
+
+def _parsed_compare(words: list[str]) -> argparse.Namespace:
+    from cmp_trainer.run import until_dashes
+
+    words, of_script = until_dashes(words)
+    parsed, unknown = make_parser().parse_known_args(words)
+    parsed.words = [*unknown, *of_script[1:]]
+    return parsed
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from cmp_trainer.compare import run_compare
+
+    run_compare(parsed)
 
 
 if __name__ == "__main__":

@@ -250,13 +250,13 @@ def _watched(given: Mapping[str, Any]) -> Iterator["_Watch"]:
             (Trainer, "predict", watch.note_evaluation),
             (BaseProcess, "start", watch.note_process),
         ]:
-            wrapped.enter_context(_wrapped(owner, name, wrapper))
+            wrapped.enter_context(wrapped_method(owner, name, wrapper))
         wrapped.callback(register_optimizer_step_pre_hook(watch.note_optimizer).remove)
         yield watch
 
 
 @contextmanager
-def _wrapped(owner: type, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+def wrapped_method(owner: type, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     """`wrapper` is called with the method and then the method's arguments, in place of the method."""
     inherited, method = name not in vars(owner), getattr(owner, name)
 

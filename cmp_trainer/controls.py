@@ -1,0 +1,184 @@
+"""Controls: what a comparative training is measured against, in any Hugging Face script.
+
+    python -m cmp_trainer.controls --control_no_dropout script.py --learning_rate 1e-4 …
+
+runs the script as `cmp-trainer run` does, with one thing changed about every training in it:
+
+- `--control_no_dropout`: no dropout in training, which is how the full model of a comparison is trained;
+- `--control_epochs 3`: three times as many epochs or steps, which is the compute of two ablations;
+- `--control_r_drop 1`: R-Drop (https://arxiv.org/abs/2106.14448) with that weight, two forwards with dropout whose
+  predictions are pulled together.
+
+`cmp-trainer compare` starts every run through here. A control that could not take place ends in an error.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer
+
+from cmp_trainer.chain import shadowed
+from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.run import run_script, wrapped_method
+from cmp_trainer.scripting import plain_errors
+
+
+@dataclass
+class Controls:
+    """What is changed about a training, and how often that took place.
+
+    Args:
+        no_dropout: whether dropout is off.
+        epochs: the factor of the number of epochs, of steps where they are given, and of warm-up steps.
+        r_drop: the weight of R-Drop's divergence; None without R-Drop.
+    """
+
+    no_dropout: bool = False
+    epochs: float = 1.0
+    r_drop: float | None = None
+    steps: int = field(default=0, init=False)
+    trainings: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise ValueError(f"--control_epochs {self.epochs:g}: must be a positive number")
+        if self.r_drop is not None and self.r_drop < 0:
+            raise ValueError(f"--control_r_drop {self.r_drop:g}: must be 0 or a positive number")
+        if self.no_dropout and self.r_drop is not None:
+            raise ValueError("--control_r_drop compares two draws of dropout; remove --control_no_dropout")
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """In the body, every training of a Trainer is run with the controls.
+
+        Raises:
+            ValueError: the body ends and no training took place, or not with the controls.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(wrapped_method(Trainer, "train", self._train))
+            stack.enter_context(wrapped_method(Trainer, "training_step", self._training_step))
+            yield
+        asked = self.no_dropout or self.epochs != 1 or self.r_drop is not None
+        if asked and not self.trainings:
+            raise ValueError("a control was asked for, but the script trains with no Trainer, so none took place")
+        if (self.no_dropout or self.r_drop is not None) and not self.steps:
+            raise ValueError("a control was asked for, but no training step of a Trainer was taken")
+
+    def _train(self, train: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        self.trainings += 1
+        ablations = getattr(trainer, "num_ablations", 0)
+        if ablations and (self.no_dropout or self.r_drop is not None):
+            raise ValueError(
+                f"--cmp_num_ablations {ablations} takes the place of dropout; remove --control_no_dropout and "
+                "--control_r_drop, or the ablations"
+            )
+        names = ("num_train_epochs", "max_steps", "warmup_steps")
+        before = {name: getattr(trainer.args, name) for name in names}
+        try:
+            for name, value in before.items():
+                # max_steps -1 is none; warmup_steps below 1 is a ratio
+                if name == "num_train_epochs" or value >= 1:
+                    longer = value * self.epochs
+                    setattr(trainer.args, name, longer if name == "num_train_epochs" else round(longer))
+            return train(trainer, *args, **kwargs)
+        finally:
+            for name, value in before.items():
+                setattr(trainer.args, name, value)
+
+    def _training_step(self, step: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        compute_loss = trainer.compute_loss
+        if self.no_dropout:
+            changed = functools.partial(_without_dropout, compute_loss)
+        elif self.r_drop is not None:
+            changed = functools.partial(_r_drop, trainer, compute_loss, self.r_drop)
+        else:
+            return step(trainer, *args, **kwargs)
+        self.steps += 1
+        with shadowed(trainer, compute_loss=changed):
+            return step(trainer, *args, **kwargs)
+
+
+def _without_dropout(compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with Ablated((), ()):
+        return compute_loss(*args, **kwargs)
+
+
+def _r_drop(
+    trainer: Any,
+    compute_loss: Callable[..., Any],
+    weight: float,
+    model: Any,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+) -> Any:
+    """The mean loss of two draws of dropout, run as one doubled batch, plus `weight` times their divergence."""
+    rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)
+    doubled = {
+        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+        for name, value in inputs.items()
+    }
+    items = None if num_items_in_batch is None else 2 * num_items_in_batch
+    loss, outputs = compute_loss(model, doubled, return_outputs=True, num_items_in_batch=items)
+    divergence = symmetric_divergence(outputs, rows)
+    # The Trainer divides a mean over this batch by the accumulated batches; a loss that is scaled already, it does not.
+    is_scaled = num_items_in_batch is not None and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
+    share = trainer.current_gradient_accumulation_steps if is_scaled else 1
+    loss = loss + weight * divergence / share
+    return (loss, outputs) if return_outputs else loss
+
+
+def symmetric_divergence(outputs: Any, rows: int) -> Tensor:
+    """Half the sum of both Kullback-Leibler divergences between the first and the second `rows` predictions.
+
+    Mean over the rows; for answers the mean over their start and end.
+
+    Raises:
+        ValueError: outputs that are neither class logits `(2 * rows, classes)` nor logits of starts and ends.
+    """
+    names = ("logits",) if getattr(outputs, "logits", None) is not None else ("start_logits", "end_logits")
+    logits = [getattr(outputs, name, None) for name in names]
+    if not all(
+        isinstance(one, Tensor) and one.ndim == 2 and len(one) == 2 * rows and one.size(1) > 1 for one in logits
+    ):
+        raise ValueError(
+            "R-Drop compares the class logits (batch, classes) of a classifier, or the logits of starts and ends; "
+            f"this model gives {', '.join(outputs) if hasattr(outputs, 'keys') else type(outputs).__name__}"
+        )
+    found = []
+    for one in logits:
+        first, second = one.float().log_softmax(-1).chunk(2)
+        there = F.kl_div(first, second, log_target=True, reduction="batchmean")
+        found.append((there + F.kl_div(second, first, log_target=True, reduction="batchmean")) / 2)
+    return torch.stack(found).mean()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the controls alone."""
+    parser = argparse.ArgumentParser(prog="python -m cmp_trainer.controls", add_help=False, allow_abbrev=False)
+    parser.add_argument("--control_no_dropout", action="store_true", help="no dropout in training")
+    parser.add_argument("--control_epochs", type=float, default=1.0, help="so many times the epochs or steps")
+    parser.add_argument("--control_r_drop", type=float, help="R-Drop with this weight")
+    return parser
+
+
+@plain_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `[--control_…] script.py [arguments…]`; the controls may stand anywhere."""
+    given, rest = make_parser().parse_known_args(arguments)
+    controls = Controls(given.control_no_dropout, given.control_epochs, given.control_r_drop)
+    if not rest:
+        raise ValueError("expected the path of a script")
+    with controls.applied():
+        run_script(rest[0], rest[1:])
+
+
+if __name__ == "__main__":
+    main()

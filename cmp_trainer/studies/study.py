@@ -1,0 +1,197 @@
+"""A study: tasks x methods x learning rates x seeds, each a run of one script with its own arguments.
+
+Learning rates are a second axis beside the seeds. One is chosen for each method by a metric of a validation split, and
+only the runs at that rate are reported, by a metric of another split.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cmp_trainer.studies.methods import Method, require_distinct
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that runs report, such as `eval_accuracy`, and whether more of it is better.
+
+    Losses are better where they are lower, everything else where it is higher, unless `:lower` or `:higher` says so.
+    """
+
+    name: str
+    greater_is_better: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Metric:
+        """From `NAME`, `NAME:lower` or `NAME:higher`."""
+        name, separator, direction = text.partition(":")
+        if separator and direction not in ("lower", "higher"):
+            raise ValueError(f"--metric {text}: after the colon expected lower or higher, whichever is better")
+        return cls(name, direction == "higher" if separator else not name.endswith("loss"))
+
+    @property
+    def split(self) -> str:
+        """The split that it is measured on: `eval` of `eval_accuracy`."""
+        return self.name.partition("_")[0]
+
+    @property
+    def sign(self) -> int:
+        """1 or -1: what a difference is multiplied with, so that more is better."""
+        return 1 if self.greater_is_better else -1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the script; the learning rate is that of the script's own arguments where None."""
+
+    task: str
+    method: str
+    learning_rate: str | None
+    seed: int
+    words: tuple[str, ...] = field(compare=False)
+
+    @property
+    def key(self) -> tuple[str, str, str | None, int]:
+        """What tells it from the other runs of its study."""
+        return self.task, self.method, self.learning_rate, self.seed
+
+    def __str__(self) -> str:
+        rate = f"learning rate {self.learning_rate}" if self.learning_rate else ""
+        return ", ".join(part for part in (self.task, self.method, rate, f"seed {self.seed}") if part)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run, and what is read from it.
+
+    Args:
+        script: path of a Hugging Face training script.
+        arguments: what every run is given; `{seed}`, `{task}` and `{method}` in it are replaced.
+        methods: how it is trained; the first is what the others are compared with.
+        tasks: further arguments of each task by its name; one task without a name where there are no others.
+        num_seeds: seeds 0, 1, … are passed as `--seed`.
+        metrics: what is reported; the first is the one that is plotted.
+        learning_rates: the rates to choose from; none leaves it to the arguments.
+        select: the metric by which a rate is chosen.
+        select_seeds: how many seeds a rate is chosen with; the first ones.
+        select_tasks: the tasks a rate is chosen on, one rate a method for all tasks; where empty, every task has its
+            own.
+
+    Raises:
+        ValueError: settings that cannot be run, or that select on the split they report.
+    """
+
+    script: str
+    arguments: Sequence[str]
+    methods: Sequence[Method]
+    tasks: Mapping[str, Sequence[str]]
+    num_seeds: int
+    metrics: Sequence[Metric]
+    learning_rates: Sequence[str] = ()
+    select: Metric | None = None
+    select_seeds: int = 1
+    select_tasks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.metrics:
+            raise ValueError("--metric is missing; name what the script reports, such as eval_accuracy")
+        if self.num_seeds < 1:
+            raise ValueError(f"--seeds {self.num_seeds}: expected 1 or more")
+        require_distinct("--method", [method.name for method in self.methods])
+        require_distinct("--metric", [metric.name for metric in self.metrics])
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        require_distinct("--learning_rates", self.learning_rates)
+        if bool(self.learning_rates) != bool(self.select):
+            given, missing = ("--select", "--learning_rates") if self.select else ("--learning_rates", "--select")
+            raise ValueError(f"{given} needs {missing}: a learning rate is chosen by a metric of a validation split")
+        if self.select is None:
+            return
+        same = [metric.name for metric in self.metrics if metric.split == self.select.split]
+        if same:
+            raise ValueError(
+                f"--metric {same[0]} is of the split that --select {self.select.name} chooses the learning rate on. "
+                "What is chosen for a metric says nothing about it; report a metric of another split, such as test_"
+            )
+        if not 1 <= self.select_seeds <= self.num_seeds:
+            raise ValueError(f"--select_seeds {self.select_seeds}: expected 1 to --seeds {self.num_seeds}")
+        unknown = [task for task in self.select_tasks if task not in self.tasks]
+        if unknown:
+            raise ValueError(f"--select_tasks {unknown[0]} is none of the tasks: {', '.join(self.tasks)}")
+        for task in self.tasks:
+            words = self._words(task, self.methods[0], None, 0)
+            files = {name: value for name, value in zip(words, words[1:], strict=False) if name.endswith("_file")}
+            if "--test_file" in files and files["--test_file"] == files.get("--validation_file"):
+                raise ValueError(f"--test_file and --validation_file are both {files['--test_file']}; use two files")
+
+    def selection_runs(self) -> list[Run]:
+        """What a learning rate is chosen from; seed by seed, so that a study that is cut short is balanced."""
+        return [
+            self._run(task, method, rate, seed)
+            for seed in range(self.select_seeds if self.learning_rates else 0)
+            for task in self.select_tasks or self.tasks
+            for method in self.methods
+            for rate in self.learning_rates
+        ]
+
+    def reported_runs(self, rates: Mapping[tuple[str, str], str | None]) -> list[Run]:
+        """The runs at the learning rate of each (task, method); those without one are left out."""
+        return [
+            self._run(task, method, rates[task, method.name], seed)
+            for seed in range(self.num_seeds)
+            for task in self.tasks
+            for method in self.methods
+            if (task, method.name) in rates
+        ]
+
+    def choose_rates(self, finished: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str | None]:
+        """The learning rate of each (task, method): the one with the best mean of the selecting metric.
+
+        Args:
+            finished: records of runs. A rate counts where all of its runs are there.
+        """
+        if self.select is None:
+            return {(task, method.name): None for task in self.tasks for method in self.methods}
+        values = {
+            (one["task"], one["method"], one["learning_rate"], one["seed"]): one["metrics"].get(self.select.name)
+            for one in finished
+        }
+        rates: dict[tuple[str, str], str | None] = {}
+        for task in self.tasks:
+            chosen_on = self.select_tasks or [task]
+            for method in self.methods:
+                means = {}
+                for rate in self.learning_rates:
+                    keys = [(on, method.name, rate, seed) for on in chosen_on for seed in range(self.select_seeds)]
+                    found = [values.get(key) for key in keys]
+                    if all(value is not None and value == value for value in found):  # NaN is not
+                        means[rate] = self.select.sign * sum(found) / len(found)  # pyright: ignore[reportArgumentType]
+                if means:
+                    rates[task, method.name] = max(means, key=means.__getitem__)
+        return rates
+
+    def _run(self, task: str, method: Method, rate: str | None, seed: int) -> Run:
+        return Run(task, method.name, rate, seed, tuple(self._words(task, method, rate, seed)))
+
+    def _words(self, task: str, method: Method, rate: str | None, seed: int) -> list[str]:
+        words = [*self.arguments, *self.tasks[task], *method.words]
+        words += ["--learning_rate", rate] if rate else []
+        for name, value in {"seed": str(seed), "task": task, "method": method.name}.items():
+            words = [word.replace(f"{{{name}}}", value) for word in words]
+        return [*words, "--seed", str(seed)]
+
+
+def make_tasks(asked: Sequence[str] | Mapping[str, str | None] | None) -> dict[str, list[str]]:
+    """Arguments by task, from `NAME=ARGUMENTS` or a mapping; one task without a name where there are none."""
+    if not asked:
+        return {"": []}
+    if isinstance(asked, Mapping):
+        pairs = [(str(name), str(arguments or "")) for name, arguments in asked.items()]
+    else:
+        pairs = [(name.strip(), arguments) for name, _, arguments in (one.partition("=") for one in asked)]
+    require_distinct("--task", [name for name, _ in pairs])
+    return {name: shlex.split(arguments) for name, arguments in pairs}
