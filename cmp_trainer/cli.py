@@ -157,6 +157,8 @@ def _curve(parsed: argparse.Namespace) -> None:
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
+    from cmp_trainer.studies.methods import BUILT_IN, DEFAULT
+
     parser = commands.add_parser(
         "compare",
         help="run a script by several methods and seeds, and compare",
@@ -174,8 +176,8 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--method",
         action="append",
         metavar="NAME[=ARGS]",
-        help="a built-in method (docs/howto_compare.md lists them; `all`), or a name and its arguments; repeat it. The "
-        "first one is what the others are compared with. Default: plain, no-dropout, plain-3x, comparative-2",
+        help="a built-in method, `all` of them, or a name and its arguments; repeat it. The first one is what the "
+        f"others are compared with. Default: {', '.join(DEFAULT)}. Built in: {', '.join(BUILT_IN)}",
     )
     add("--task", action="append", metavar="NAME=ARGS", help="a task and its arguments; repeat it for several")
     add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 5)")

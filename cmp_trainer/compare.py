@@ -46,7 +46,7 @@ def run_compare(options: argparse.Namespace) -> None:
 
 
 def run_study(study: Study, runner: Runner) -> int:
-    """Run what is not recorded yet: first what learning rates are chosen from, then the rest. The number of failures."""
+    """Run what is not recorded yet, first what learning rates are chosen from; the number of failures."""
     folder = runner.folder
     selection = study.selection_runs()
     require_same_arguments(read_records(folder), selection, folder)

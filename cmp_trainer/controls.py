@@ -128,7 +128,7 @@ def _r_drop(
     items = None if num_items_in_batch is None else 2 * num_items_in_batch
     loss, outputs = compute_loss(model, doubled, return_outputs=True, num_items_in_batch=items)
     divergence = symmetric_divergence(outputs, rows)
-    # The Trainer divides a mean over this batch by the accumulated batches; a loss that is scaled already, it does not.
+    # The Trainer divides a mean over this batch by the number of accumulated batches, unless it is scaled already.
     is_scaled = num_items_in_batch is not None and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
     share = trainer.current_gradient_accumulation_steps if is_scaled else 1
     loss = loss + weight * divergence / share

@@ -71,8 +71,8 @@ def as_markdown(
 ) -> str:
     """All tables with a heading and how to read them."""
     parts = [
-        f"Differences are to {first}, over pairs of runs with the same seed, with a 95 % interval; `better` counts the "
-        "pairs in which a method is better. Seconds are the median of a training."
+        f"Differences are to {first}, over pairs of runs with the same seed, with a 95 % interval; `better` counts "
+        "the pairs in which a method is better. Seconds are the median of a training."
     ]
     for metric in metrics:
         which = "higher" if metric.greater_is_better else "lower"
@@ -109,8 +109,8 @@ def write(folder: Path, found: Mapping[str, pd.DataFrame], settings: Mapping[str
 def plot(found: Mapping[str, pd.DataFrame], metric: Metric, first: str) -> Figure:
     """The metric against training time, one point a method, its interval as a bar; a panel a task, or all together.
 
-    With several tasks the first panel is the mean difference over all of them. Bars are the intervals of the difference
-    to the first method, drawn around each method's mean.
+    With several tasks the first panel is the mean over all of them. Bars are the intervals of the difference to the
+    first method, drawn around each method's mean.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -143,9 +143,12 @@ def plot(found: Mapping[str, pd.DataFrame], metric: Metric, first: str) -> Figur
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        lines, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, 2 * columns), frameon=False
+        list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, 2 * columns), frameon=False
     )
     return figure
 

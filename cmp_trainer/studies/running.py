@@ -202,7 +202,7 @@ def _difference(before: str, run: Run) -> str:
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
-    """What a run of a Hugging Face script reports: its *_results.json, or else the last values that its Trainer logged.
+    """What a run of a Hugging Face script reports: its *_results.json, or else what its Trainer logged.
 
     Numbers only; of a value that is logged several times, the last one.
     """

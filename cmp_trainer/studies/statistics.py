@@ -5,8 +5,8 @@ than the runs do.
 
 - **One task.** The interval of the mean difference is that of the paired t-test.
 - **Several tasks.** The mean over tasks of the mean difference, with a bootstrap in which seeds are drawn anew within
-  each task (stratified by task, as in https://arxiv.org/abs/2108.13264), so it says what other seeds would give on these
-  tasks and nothing about other tasks.
+  each task (stratified by task, as in https://arxiv.org/abs/2108.13264). It says what other seeds would give on these
+  tasks, and nothing about other tasks.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def summarize(runs: pd.DataFrame, metric: Metric, methods: Sequence[str]) -> pd.
 
     Returns:
         Columns task, method, runs, mean, std, difference (to the first method, of the seeds that both have), low and
-        high (the interval of that difference), pairs, wins (in how many of them the method is better), seconds (median)
-        and times (median of the pairs' ratio of seconds).
+        high (the interval of that difference), pairs, wins (in how many of them the method is better), seconds
+        (median) and times (median over the pairs of the ratio of seconds).
     """
     rows = []
     for task in runs["task"].unique():

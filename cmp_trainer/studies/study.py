@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from cmp_trainer.studies.methods import Method, require_distinct
@@ -124,7 +125,7 @@ class Study:
             raise ValueError(f"--select_tasks {unknown[0]} is none of the tasks: {', '.join(self.tasks)}")
         for task in self.tasks:
             words = self._words(task, self.methods[0], None, 0)
-            files = {name: value for name, value in zip(words, words[1:], strict=False) if name.endswith("_file")}
+            files = {name: value for name, value in pairwise(words) if name.endswith("_file")}
             if "--test_file" in files and files["--test_file"] == files.get("--validation_file"):
                 raise ValueError(f"--test_file and --validation_file are both {files['--test_file']}; use two files")
 
