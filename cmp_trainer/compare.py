@@ -22,6 +22,7 @@ from cmp_trainer.scripting import plain_errors
 from cmp_trainer.studies import report
 from cmp_trainer.studies.methods import make_methods
 from cmp_trainer.studies.running import Runner, read_records, record_key, require_same_arguments, slug, study_record
+from cmp_trainer.studies.statistics import summarize
 from cmp_trainer.studies.study import Metric, Study, make_tasks
 
 
@@ -66,14 +67,14 @@ def _report(study: Study, folder: Path) -> None:
     if not finished:
         tqdm.write("no run has finished, so there is nothing to compare", file=sys.stderr)
         return
-    found = report.tables(report.frame_of(finished), metrics, methods)
-    markdown = report.as_markdown(found, metrics, methods[0], rates)
-    files = report.write(folder, found, study_record(study), markdown)
-    for metric in metrics[:1]:
-        print(report.as_text(found, metric, methods[0], rates))
-        files.append(folder / "results.png")
+    results = [row for metric in metrics for row in summarize(finished, metric, methods)]
+    markdown = report.as_markdown(results, metrics, methods[0], rates)
+    files = report.write(folder, results, study_record(study), markdown)
+    for metric in metrics:
+        files.append(folder / f"{slug(metric.name)}.png")
         with written_whole(files[-1]) as file:
-            report.plot(found, metric, methods[0]).savefig(file)
+            report.plot(results, metric, methods[0]).savefig(file)
+    print(report.as_text(results, metrics[0], methods[0], rates))
     print(f"written: {', '.join(str(file) for file in files)}")
 
 

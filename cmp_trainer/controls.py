@@ -144,10 +144,9 @@ def symmetric_divergence(outputs: Any, rows: int) -> Tensor:
         ValueError: outputs that are neither class logits `(2 * rows, classes)` nor logits of starts and ends.
     """
     names = ("logits",) if getattr(outputs, "logits", None) is not None else ("start_logits", "end_logits")
-    logits = [getattr(outputs, name, None) for name in names]
-    if not all(
-        isinstance(one, Tensor) and one.ndim == 2 and len(one) == 2 * rows and one.size(1) > 1 for one in logits
-    ):
+    given = [getattr(outputs, name, None) for name in names]
+    logits = [one for one in given if isinstance(one, Tensor) and one.ndim == 2 and len(one) == 2 * rows]
+    if len(logits) < len(names) or any(one.size(1) < 2 for one in logits):
         raise ValueError(
             "R-Drop compares the class logits (batch, classes) of a classifier, or the logits of starts and ends; "
             f"this model gives {', '.join(outputs) if hasattr(outputs, 'keys') else type(outputs).__name__}"

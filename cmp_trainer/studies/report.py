@@ -3,157 +3,126 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from cmp_trainer.saving.files import written_whole
-from cmp_trainer.studies.statistics import over_tasks, summarize
+from cmp_trainer.studies.statistics import ALL_TASKS, Summary
 from cmp_trainer.studies.study import Metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Rates = Mapping[tuple[str, str], str | None]  # the learning rate of each (task, method)
 _MARKERS = "osD^vP*Xph<>8d"
 
 
-def frame_of(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """A row a run: task, method, seed, learning_rate, seconds of training, and its metrics.
-
-    Seconds are the Trainer's own (`train_runtime`), which leave out imports and loading; the run's where it has none.
-    """
-    keys = ("task", "method", "seed", "learning_rate")
-    return pd.DataFrame(
-        {
-            **{key: one[key] for key in keys},
-            **one["metrics"],
-            "seconds": one["metrics"].get("train_runtime", one["seconds"]),
-        }
-        for one in records
-    )
-
-
-def tables(runs: pd.DataFrame, metrics: Sequence[Metric], methods: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The summary by task of all metrics, and over all tasks where there are several, with a column `metric`."""
-    of_tasks = [summarize(runs, metric, methods).assign(metric=metric.name) for metric in metrics]
-    found = {"tasks": pd.concat(of_tasks, ignore_index=True)}
-    if runs["task"].nunique() > 1:
-        overall = [over_tasks(runs, metric, methods).assign(metric=metric.name) for metric in metrics]
-        found["overall"] = pd.concat(overall, ignore_index=True)
-    return found
-
-
-def readable(table: pd.DataFrame, metric: Metric, first: str, with_rates: Mapping[Any, str | None]) -> pd.DataFrame:
+def readable(rows: Sequence[Summary], first: str, rates: Rates) -> pd.DataFrame:
     """The rows of one metric as they are shown."""
-    rows = table[table["metric"] == metric.name]
-    shown = pd.DataFrame({"method": rows["method"]})
-    if "task" in rows and (rows["task"] != "").any():
-        shown.insert(0, "task", rows["task"])
-    if "task" in rows and any(with_rates.values()):
-        shown["learning rate"] = [with_rates.get((row.task, row.method)) or "" for row in rows.itertuples()]
-    spread = rows["std"] if "std" in rows else [np.nan] * len(rows)
-    shown[metric.name] = [_number(mean, std) for mean, std in zip(rows["mean"], spread, strict=True)]
-    shown[f"difference to {first}"] = [
-        "" if row.method == first else _with_interval(row.difference, row.low, row.high) for row in rows.itertuples()
-    ]
-    shown["better"] = ["" if row.method == first else f"{row.wins} of {row.pairs}" for row in rows.itertuples()]
-    shown["runs"] = rows["runs"]
-    shown["seconds"] = [f"{value:,.0f}" for value in rows["seconds"]]
-    shown[f"x {first}"] = [f"{value:.2f}" if value == value else "" for value in rows["times"]]
+    shown = pd.DataFrame({"method": [row.method for row in rows]})
+    if len({row.task for row in rows}) > 1:
+        shown.insert(0, "task", [row.task for row in rows])
+    if any(rates.values()) and rows[0].task != ALL_TASKS:
+        shown["learning rate"] = [rates.get((row.task, row.method)) or "" for row in rows]
+    shown[rows[0].metric] = [_with_spread(row) for row in rows]
+    shown[f"difference to {first}"] = ["" if row.method == first else _with_interval(row) for row in rows]
+    shown["better"] = ["" if row.method == first else f"{row.wins} of {row.pairs}" for row in rows]
+    shown["runs"] = [row.runs for row in rows]
+    shown["seconds"] = [f"{row.seconds:,.0f}" for row in rows]
+    shown[f"x {first}"] = ["" if math.isnan(row.times) else f"{row.times:.2f}" for row in rows]
     return shown
 
 
-def as_markdown(
-    found: Mapping[str, pd.DataFrame], metrics: Sequence[Metric], first: str, rates: Mapping[Any, str | None]
-) -> str:
-    """All tables with a heading and how to read them."""
+def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], first: str, rates: Rates) -> str:
+    """All tables, each with a heading, and how to read them."""
     parts = [
         f"Differences are to {first}, over pairs of runs with the same seed, with a 95 % interval; `better` counts "
         "the pairs in which a method is better. Seconds are the median of a training."
     ]
     for metric in metrics:
-        which = "higher" if metric.greater_is_better else "lower"
-        for name, title in (("overall", "over all tasks"), ("tasks", "by task")):
-            if name in found:
-                heading = f"## {metric.name} {title}" if "overall" in found else f"## {metric.name}"
-                table = readable(found[name], metric, first, rates)
-                parts.append(
-                    f"{heading} ({which} is better)\n\n{table.to_markdown(index=False, disable_numparse=True)}"
-                )
+        direction = "higher" if metric.greater_is_better else "lower"
+        for title, rows in _parts(results, metric):
+            table = readable(rows, first, rates).to_markdown(index=False, disable_numparse=True)
+            parts.append(f"## {metric.name}{title} ({direction} is better)\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
-def as_text(found: Mapping[str, pd.DataFrame], metric: Metric, first: str, rates: Mapping[Any, str | None]) -> str:
-    """The main table, for a terminal."""
-    name = "overall" if "overall" in found else "tasks"
-    return readable(found[name], metric, first, rates).to_string(index=False)
+def as_text(results: Sequence[Summary], metric: Metric, first: str, rates: Rates) -> str:
+    """The table of one metric for a terminal, over all tasks where there are several."""
+    return readable(_parts(results, metric)[0][1], first, rates).to_string(index=False)
 
 
-def write(folder: Path, found: Mapping[str, pd.DataFrame], settings: Mapping[str, Any], markdown: str) -> list[Path]:
+def write(folder: Path, results: Sequence[Summary], settings: Mapping[str, Any], markdown: str) -> list[Path]:
     """results.csv, results.json and results.md in the study's folder."""
-    table = pd.concat([found["tasks"], found["overall"].assign(task="all")]) if "overall" in found else found["tasks"]
     files = [folder / f"results{suffix}" for suffix in (".csv", ".json", ".md")]
+    rows = [asdict(row) for row in results]
     with written_whole(files[0]) as file:
-        table.to_csv(file, index=False, float_format="%.6g")
-    rows = json.loads(table.to_json(orient="records", double_precision=8))
+        pd.DataFrame(rows).to_csv(file, index=False, float_format="%.6g")
+    numbers = [{name: None if value != value else value for name, value in row.items()} for row in rows]  # NaN
     with written_whole(files[1]) as file:
-        file.write_text(json.dumps({"study": settings, "results": rows}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({"study": settings, "results": numbers}, indent=1) + "\n", encoding="utf-8")
     with written_whole(files[2]) as file:
         file.write_text(markdown, encoding="utf-8")
     return files
 
 
-def plot(found: Mapping[str, pd.DataFrame], metric: Metric, first: str) -> Figure:
-    """The metric against training time, one point a method, its interval as a bar; a panel a task, or all together.
+def plot(results: Sequence[Summary], metric: Metric, first: str) -> Figure:
+    """The metric against training time, one point a method; a panel for all tasks together and one for each.
 
-    With several tasks the first panel is the mean over all of them. Bars are the intervals of the difference to the
-    first method, drawn around each method's mean.
+    Bars are the intervals of the difference to the first method, drawn around a method's mean: where a bar crosses the
+    grey line, the difference may be none.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'cmp-trainer[plot]'") from error
-    of_tasks = found["tasks"][found["tasks"]["metric"] == metric.name]
-    panels = [(str(task), rows) for task, rows in of_tasks.groupby("task", sort=False)]
-    if "overall" in found:
-        overall = found["overall"]
-        panels.insert(0, ("all tasks", overall[overall["metric"] == metric.name]))
-    methods = list(of_tasks["method"].unique())
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(6.4, 3.4 * columns), 3.2 * rows + 1.2), dpi=110, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (title, table) in zip(grid.flat, panels, strict=False):
-        for row in table.itertuples():
-            bars = None if row.method == first or np.isnan(row.low) else _bars(row)
-            axes.errorbar(row.times, row.mean, yerr=bars, label=row.method, **_style(methods.index(row.method)))
-        level = table.loc[table["method"] == first, "mean"]
-        if len(level):
-            axes.axhline(level.iloc[0], color="0.8", linewidth=1, zorder=0)
-        axes.set_title(title, fontsize=10)
+    rows = [row for row in results if row.metric == metric.name]
+    tasks, methods = list(dict.fromkeys(row.task for row in rows)), list(dict.fromkeys(row.method for row in rows))
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    size = (max(6.4, 3.4 * columns), 3.2 * lines + 0.4 + 0.25 * len(methods) / min(5, 2 * columns))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    handles: dict[str, Any] = {}
+    for axes, task in zip(grid, tasks, strict=False):
+        for row in rows:
+            if row.task == task and row.pairs:
+                if row.method == first:
+                    axes.axhline(row.mean, color="0.6", linewidth=1, zorder=0)
+                style = _style(methods.index(row.method))
+                handles[row.method] = axes.errorbar(row.times, row.mean, yerr=_bar(row, first), **style)
+        axes.set_title(task, fontsize=10)
         axes.set_xlabel(f"training time / {first}'s")
         axes.set_ylabel(metric.name.replace("_", " "))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(color="0.93")
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(grid.flat)[len(panels) :]:
+    for axes in grid[len(tasks) :]:
         axes.set_visible(False)
-    handles: dict[str, Any] = {}
-    for axes in grid.flat:
-        lines, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, lines, strict=True))
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, 2 * columns), frameon=False
-    )
+    columns = min(5, 2 * columns)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
-def _bars(row: Any) -> list[list[float]]:
+def _parts(results: Sequence[Summary], metric: Metric) -> list[tuple[str, list[Summary]]]:
+    """The tables of a metric: over all tasks, if there are several, and by task."""
+    rows = [row for row in results if row.metric == metric.name]
+    overall, of_tasks = [row for row in rows if row.task == ALL_TASKS], [row for row in rows if row.task != ALL_TASKS]
+    return [(" over all tasks", overall), (" by task", of_tasks)] if overall else [("", of_tasks)]
+
+
+def _bar(row: Summary, first: str) -> list[list[float]] | None:
+    if row.method == first or math.isnan(row.low):
+        return None
     return [[row.difference - row.low], [row.high - row.difference]]
 
 
@@ -169,11 +138,11 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _number(mean: float, std: float) -> str:
-    return "" if np.isnan(mean) else f"{mean:.4f}" + ("" if np.isnan(std) else f" ± {std:.4f}")
+def _with_spread(row: Summary) -> str:
+    return f"{row.mean:.4f}" + ("" if math.isnan(row.std) else f" ± {row.std:.4f}")
 
 
-def _with_interval(difference: float, low: float, high: float) -> str:
-    if np.isnan(difference):
+def _with_interval(row: Summary) -> str:
+    if math.isnan(row.difference):
         return ""
-    return f"{difference:+.4f}" + ("" if np.isnan(low) else f" ({low:+.4f} to {high:+.4f})")
+    return f"{row.difference:+.4f}" + ("" if math.isnan(row.low) else f" ({row.low:+.4f} to {row.high:+.4f})")

@@ -11,91 +11,80 @@ than the runs do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from cmp_trainer.studies.study import Metric
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+ALL_TASKS = "all tasks"
 
 
-def summarize(runs: pd.DataFrame, metric: Metric, methods: Sequence[str]) -> pd.DataFrame:
-    """A row for each task and method, compared with the first method.
+@dataclass(frozen=True)
+class Summary:
+    """One method on one task, or over all of them, by one metric, compared with the study's first method.
 
-    Args:
-        runs: a row a run, with columns task, method, seed, seconds and the metric.
-        metric: what is compared.
-        methods: their order; the first is what the others are compared with.
-
-    Returns:
-        Columns task, method, runs, mean, std, difference (to the first method, of the seeds that both have), low and
-        high (the interval of that difference), pairs, wins (in how many of them the method is better), seconds
-        (median) and times (median over the pairs of the ratio of seconds).
+    Attributes:
+        runs: how many runs there are.
+        mean, std: of these runs; over all tasks the mean of the tasks' means, and no std.
+        difference, low, high: mean paired difference to the first method and its 95 % interval; NaN where there are no
+            pairs, and no interval of a single one.
+        pairs, wins: runs of a seed that both methods have, and in how many of them this one is better.
+        seconds: of a training, the median; over all tasks the mean of the medians.
+        times: seconds by those of the first method with the same seed, the median; over all tasks the geometric mean.
     """
-    rows = []
-    for task in runs["task"].unique():
-        of_task = runs[runs["task"] == task]
-        values = of_task.pivot(index="seed", columns="method", values=metric.name)
-        seconds = of_task.pivot(index="seed", columns="method", values="seconds")
+
+    task: str
+    method: str
+    metric: str
+    runs: int
+    mean: float
+    std: float
+    difference: float
+    low: float
+    high: float
+    pairs: int
+    wins: int
+    seconds: float
+    times: float
+
+
+def summarize(records: Sequence[Mapping[str, Any]], metric: Metric, methods: Sequence[str]) -> list[Summary]:
+    """Every method on every task, in this order of methods; the first one is what the others are compared with.
+
+    With several tasks, the methods over all tasks come first.
+    """
+    tasks = list(dict.fromkeys(one["task"] for one in records))
+    of_tasks, samples = [], {}
+    for task in tasks:
         for method in methods:
-            if method not in values:
-                continue
-            found = values[method].dropna()
-            differences = _differences(values, method, methods[0])
-            low, high = interval(differences)
-            ratio = (seconds[method] / seconds[methods[0]]).median() if methods[0] in seconds else np.nan
-            rows.append(
-                {
-                    "task": task,
-                    "method": method,
-                    "runs": len(found),
-                    "mean": found.mean(),
-                    "std": found.std(),
-                    "difference": differences.mean() if len(differences) else np.nan,
-                    "low": low,
-                    "high": high,
-                    "pairs": len(differences),
-                    "wins": int((metric.sign * differences > 0).sum()),
-                    "seconds": seconds[method].median(),
-                    "times": ratio,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def over_tasks(runs: pd.DataFrame, metric: Metric, methods: Sequence[str]) -> pd.DataFrame:
-    """A row for each method: the mean over tasks, as in `summarize`; only tasks that have all of its pairs count.
-
-    `times` is the geometric mean over the tasks.
-    """
-    by_task = summarize(runs, metric, methods)
-    rows = []
+            runs = _by_seed(records, task, method)
+            if runs:
+                first = _by_seed(records, task, methods[0])
+                samples[task, method] = differences(runs, first, metric.name)
+                of_tasks.append(_summary(task, method, metric, runs, first, samples[task, method]))
+    if len(tasks) == 1:
+        return of_tasks
+    overall = []
     for method in methods:
-        of_method = by_task[(by_task["method"] == method) & (by_task["pairs"] > 0)]
-        samples = [_of_task(runs, metric, task, method, methods[0]) for task in of_method["task"]]
-        low, high = stratified_interval(samples)
-        rows.append(
-            {
-                "method": method,
-                "tasks": len(of_method),
-                "runs": int(of_method["runs"].sum()),
-                "mean": of_method["mean"].mean(),
-                "difference": of_method["difference"].mean(),
-                "low": low,
-                "high": high,
-                "pairs": int(of_method["pairs"].sum()),
-                "wins": int(of_method["wins"].sum()),
-                "seconds": of_method["seconds"].mean(),
-                "times": float(np.exp(np.log(of_method["times"]).mean())) if len(of_method) else np.nan,
-            }
-        )
-    return pd.DataFrame(rows)
+        ours = [one for one in of_tasks if one.method == method and one.pairs]
+        if ours:
+            overall.append(_over_tasks(ours, [samples[one.task, method] for one in ours]))
+    return [*overall, *of_tasks]
 
 
-def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def differences(runs: Mapping[int, Any], first: Mapping[int, Any], metric: str) -> np.ndarray:
+    """Of the seeds that both have."""
+    pairs = [(runs[seed]["metrics"][metric], first[seed]["metrics"][metric]) for seed in runs if seed in first]
+    return np.array([ours - theirs for ours, theirs in pairs], dtype=float)
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The 95 % interval of the mean of paired differences, by Student's t; NaN for fewer than two of them.
 
     >>> low, high = interval([0.01, 0.02, 0.03])
@@ -104,12 +93,13 @@ def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """
     from scipy import stats
 
-    values = np.asarray(differences, dtype=float)
+    values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return np.nan, np.nan
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    found = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)  # pyright: ignore
+    found: Any = stats.ttest_1samp(values, 0)
+    found = found.confidence_interval(CONFIDENCE)
     return float(found.low), float(found.high)
 
 
@@ -141,13 +131,57 @@ def stratified_interval(samples: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _of_task(runs: pd.DataFrame, metric: Metric, task: str, method: str, first: str) -> np.ndarray:
-    of_task = runs[runs["task"] == task]
-    return _differences(of_task.pivot(index="seed", columns="method", values=metric.name), method, first)
+def seconds_of(record: Mapping[str, Any]) -> float:
+    """The Trainer's own `train_runtime`, which leaves out imports and loading; the whole run's where there is none."""
+    return record["metrics"].get("train_runtime", record["seconds"])
 
 
-def _differences(values: pd.DataFrame, method: str, first: str) -> np.ndarray:
-    """Of the seeds that both have."""
-    if first not in values or method not in values:
-        return np.array([])
-    return (values[method] - values[first]).dropna().to_numpy()
+def _by_seed(records: Sequence[Mapping[str, Any]], task: str, method: str) -> dict[int, Mapping[str, Any]]:
+    return {one["seed"]: one for one in records if one["task"] == task and one["method"] == method}
+
+
+def _summary(
+    task: str,
+    method: str,
+    metric: Metric,
+    runs: Mapping[int, Mapping[str, Any]],
+    first: Mapping[int, Mapping[str, Any]],
+    found: np.ndarray,
+) -> Summary:
+    values = np.array([one["metrics"][metric.name] for one in runs.values()], dtype=float)
+    ratios = [seconds_of(runs[seed]) / seconds_of(first[seed]) for seed in runs if seed in first]
+    low, high = interval(found)
+    return Summary(
+        task=task,
+        method=method,
+        metric=metric.name,
+        runs=len(values),
+        mean=float(values.mean()),
+        std=float(values.std(ddof=1)) if len(values) > 1 else np.nan,
+        difference=float(found.mean()) if len(found) else np.nan,
+        low=low,
+        high=high,
+        pairs=len(found),
+        wins=int((metric.sign * found > 0).sum()),
+        seconds=float(np.median([seconds_of(one) for one in runs.values()])),
+        times=float(np.median(ratios)) if ratios else np.nan,
+    )
+
+
+def _over_tasks(ours: Sequence[Summary], samples: Sequence[np.ndarray]) -> Summary:
+    low, high = stratified_interval(samples)
+    return Summary(
+        task=ALL_TASKS,
+        method=ours[0].method,
+        metric=ours[0].metric,
+        runs=sum(one.runs for one in ours),
+        mean=float(np.mean([one.mean for one in ours])),
+        std=np.nan,
+        difference=float(np.mean([one.difference for one in ours])),
+        low=low,
+        high=high,
+        pairs=sum(one.pairs for one in ours),
+        wins=sum(one.wins for one in ours),
+        seconds=float(np.mean([one.seconds for one in ours])),
+        times=geometric_mean([one.times for one in ours]),
+    )

@@ -168,9 +168,9 @@ class Study:
                 means = {}
                 for rate in self.learning_rates:
                     keys = [(on, method.name, rate, seed) for on in chosen_on for seed in range(self.select_seeds)]
-                    found = [values.get(key) for key in keys]
-                    if all(value is not None and value == value for value in found):  # NaN is not
-                        means[rate] = self.select.sign * sum(found) / len(found)  # pyright: ignore[reportArgumentType]
+                    found = [values[key] for key in keys if values.get(key) is not None]
+                    if len(found) == len(keys):
+                        means[rate] = self.select.sign * sum(found) / len(found)
                 if means:
                     rates[task, method.name] = max(means, key=means.__getitem__)
         return rates

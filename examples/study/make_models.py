@@ -10,15 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import BertConfig, BertTokenizerFast
+from transformers import BertConfig, BertTokenizer
 
 VOCABULARY = 8000
 
 
 def main(data: Path, folder: Path) -> None:
-    empty = BertTokenizerFast(
-        vocab={name: at for at, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
-    )
+    empty = BertTokenizer(vocab={name: at for at, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])})
     tokenizer = empty.train_new_from_iterator(texts(data), VOCABULARY)
     tokenizer.save_pretrained(folder)
     BertConfig(

@@ -38,7 +38,9 @@ def _disturbed(change: Callable[[str, random.Random], str]) -> Callable[[Dataset
     def disturb(dataset: Dataset) -> Dataset:
         draw = random.Random(0)
         texts = [name for name in dataset.column_names if name != "label"]
-        return Dataset.from_list([{**row, **{name: change(row[name], draw) for name in texts}} for row in dataset])
+        return Dataset.from_list(
+            [{**row, **{name: change(row[name], draw) for name in texts}} for row in dataset.to_list()]
+        )
 
     return disturb
 

@@ -64,7 +64,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(study_args.model_name_or_path)
     model = load_model(study_args, len(classes))
 
-    def encode(dataset: Any) -> Dataset:
+    def encode(dataset: Any) -> Any:
         """The inputs, the class, and the length, which `--train_sampling_strategy group_by_length` reads."""
         columns = [name for name in dataset.column_names if name != "label"]
         texts = [dataset[name][:] for name in columns]
