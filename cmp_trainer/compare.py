@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from cmp_trainer.errors import nearest
+from cmp_trainer.errors import first_line, nearest
 from cmp_trainer.saving.files import written_whole
 from cmp_trainer.scripting import plain_errors
 from cmp_trainer.studies import report
@@ -115,7 +115,11 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _read_study(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"--study {path} does not exist")
-    found = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)  # `1e-5` and `no` as they stand
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values, found = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # as text, `1e-5` as it stands
+    except yaml.YAMLError as error:
+        raise ValueError(f"--study {path} cannot be read: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--study {path} must hold names and values, `seeds: 5`, one a line")
     for name in found:
@@ -127,9 +131,9 @@ def _read_study(path: str) -> dict[str, Any]:
     found["discard"] = str(found.get("discard", "false")).lower() == "true"
     for name in ("metric", "learning_rates", "select_tasks"):
         found[name] = [found[name]] if isinstance(found.get(name), str) else found.get(name, [])
-    for name in ("method", "task"):  # `plain:` alone is null, which BaseLoader reads as an empty text
+    for name in ("method", "task"):
         if isinstance(found.get(name), dict):
-            found[name] = {key: value or None for key, value in found[name].items()}
+            found[name] = {str(key): value for key, value in values[name].items()}  # `plain:` alone is None
     return found
 
 

@@ -1,0 +1,393 @@
+"""`cmp-trainer compare`: methods x seeds of a script, each run once, and what their differences say."""
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmp_trainer import cli
+from cmp_trainer.studies.methods import BUILT_IN, DEFAULT, make_methods
+from cmp_trainer.studies.running import Runner, read_metrics, read_records
+from cmp_trainer.studies.statistics import interval, stratified_interval, summarize
+from cmp_trainer.studies.study import Metric, Study, make_tasks
+
+SCRIPTS = Path(__file__).parent / "scripts"
+STUB = f"{sys.executable} {SCRIPTS / 'report_metrics.py'}"
+PLAIN_AND_BETTER = ["--method", "plain", "--method", "ours=--better 0.05"]
+
+
+def compare(folder, *words, metric="test_accuracy", launcher=STUB, methods=PLAIN_AND_BETTER):
+    """Run the command in this process, its runs started by the stub that reports made-up metrics."""
+    script = str(SCRIPTS / "train_somehow.py")
+    options = [*methods, "--metric", *metric.split(), "--output", str(folder), "--launcher", launcher]
+    cli.main(["compare", script, *words, *options])
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def study(**changes):
+    settings = {
+        "script": "train.py",
+        "arguments": ["--train_file", "{task}_{seed}.csv"],
+        "methods": make_methods(["plain", "ours=--cmp_num_ablations 2"]),
+        "tasks": make_tasks(["a=--one 1", "b="]),
+        "num_seeds": 3,
+        "metrics": [Metric.parse("test_accuracy")],
+    }
+    return Study(**{**settings, **changes})
+
+
+def rated_study(**changes):
+    """A study that chooses among three learning rates on the validation split."""
+    settings = {"learning_rates": ["1e-5", "1e-4", "1e-3"], "select": Metric.parse("eval_loss")}
+    return study(**{**settings, **changes})
+
+
+def record(task="a", method="plain", seed=0, rate=None, seconds=1.0, **metrics):
+    return {
+        "task": task,
+        "method": method,
+        "learning_rate": rate,
+        "seed": seed,
+        "metrics": metrics,
+        "seconds": seconds,
+    }
+
+
+# --- methods ---
+
+
+def test_methods_are_built_in_or_have_arguments():
+    assert [one.name for one in make_methods(None)] == list(DEFAULT)
+    assert make_methods(["all"]) == list(BUILT_IN.values())
+    ours = make_methods(["plain", "ours=--cmp_num_ablations 2 --cmp_baseline first"])[1]
+    assert ours.words == ["--cmp_num_ablations", "2", "--cmp_baseline", "first"]
+    assert make_methods({"plain": None, "other": "--x 1"})[1].arguments == "--x 1"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["rdrop"], r"--method rdrop: not built in \(did you mean r-drop\?\); give its arguments"),
+        (["plain", "plain="], "--method plain: given twice"),
+        (["=--x 1"], r"--method \(empty\): a name is needed"),
+    ],
+)
+def test_a_method_that_is_unknown_or_given_twice_is_rejected(asked, message):
+    with pytest.raises(ValueError, match=message):
+        make_methods(asked)
+
+
+# --- what is run ---
+
+
+def test_runs_are_tasks_by_methods_by_seeds_with_all_methods_of_a_seed_first():
+    runs = study().reported_runs(study().choose_rates([]))
+    assert len(runs) == 2 * 2 * 3
+    assert [run.key for run in runs[:4]] == [(t, m, None, 0) for t in "ab" for m in ("plain", "ours")]
+    expected = ["--train_file", "a_2.csv", "--one", "1", "--cmp_num_ablations", "2", "--seed", "2"]
+    assert next(list(run.words) for run in runs if run.key == ("a", "ours", None, 2)) == expected
+
+
+def test_a_metric_of_the_split_that_a_learning_rate_is_chosen_on_is_rejected():
+    with pytest.raises(ValueError, match=r"--metric eval_accuracy is of the split that --select eval_loss chooses"):
+        rated_study(metrics=[Metric.parse("test_accuracy"), Metric.parse("eval_accuracy")])
+
+
+def test_the_same_file_for_validation_and_test_is_rejected():
+    files = ["--validation_file", "dev.csv", "--test_file", "dev.csv"]
+    with pytest.raises(ValueError, match=r"--test_file and --validation_file are both dev\.csv"):
+        rated_study(arguments=files)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rates": ["1e-5"]}, "--learning_rates needs --select"),
+        ({"select": Metric.parse("eval_loss")}, "--select needs --learning_rates"),
+        ({"num_seeds": 0}, "--seeds 0: expected 1 or more"),
+        ({"metrics": []}, "--metric is missing"),
+    ],
+)
+def test_settings_that_cannot_be_run_are_rejected(changes, message):
+    with pytest.raises(ValueError, match=message):
+        study(**changes)
+
+
+def finished_selection(one):
+    """Records of the selection, in which plain does best at 1e-5 and ours at 1e-3 on a, at 1e-4 on b."""
+    best = {("a", "plain"): "1e-5", ("a", "ours"): "1e-3", ("b", "plain"): "1e-5", ("b", "ours"): "1e-4"}
+    return [
+        record(run.task, run.method, run.seed, run.learning_rate, eval_loss=rate_loss(run, best))
+        for run in one.selection_runs()
+    ]
+
+
+def rate_loss(run, best):
+    return 0.1 if run.learning_rate == best[run.task, run.method] else 0.5 + (run.task == "b")
+
+
+def test_each_task_and_method_takes_the_learning_rate_with_the_best_validation_metric():
+    one = rated_study()
+    rates = one.choose_rates(finished_selection(one))
+    expected = {("a", "plain"): "1e-5", ("a", "ours"): "1e-3", ("b", "plain"): "1e-5", ("b", "ours"): "1e-4"}
+    assert rates == expected
+    assert {run.learning_rate for run in one.reported_runs(rates) if run.method == "plain"} == {"1e-5"}
+
+
+def test_one_learning_rate_for_all_tasks_is_chosen_on_those_named():
+    one = rated_study(select_tasks=["a"])
+    assert {run.task for run in one.selection_runs()} == {"a"}
+    assert one.choose_rates(finished_selection(one))["b", "ours"] == "1e-3"
+
+
+def test_a_learning_rate_counts_where_all_of_its_runs_have_finished():
+    one = rated_study(select_seeds=2)
+    records = [each for each in finished_selection(one) if (each["seed"], each["learning_rate"]) != (1, "1e-5")]
+    rates = one.choose_rates(records)
+    assert rates["a", "plain"] == "1e-4"  # of two that are equal, the lower one
+
+
+def test_runs_of_the_selection_at_the_chosen_rate_are_not_run_again():
+    one = rated_study()
+    chosen = one.reported_runs(one.choose_rates(finished_selection(one)))
+    assert len(set(chosen) & set(one.selection_runs())) == 4
+
+
+# --- statistics ---
+
+
+def test_the_interval_of_paired_differences_is_students():
+    low, high = interval([1.0, 2.0, 4.0])
+    half = 4.302652729911275 * np.std([1, 2, 4], ddof=1) / math.sqrt(3)  # t of 2 degrees of freedom, tables
+    assert low == pytest.approx(7 / 3 - half)
+    assert high == pytest.approx(7 / 3 + half)
+
+
+def test_one_pair_has_no_interval():
+    assert all(map(math.isnan, interval([0.1])))
+    assert all(map(math.isnan, stratified_interval([np.array([0.1]), np.array([0.1, 0.2])])))
+
+
+def test_the_bootstrap_draws_seeds_within_tasks():
+    """Tasks that differ in level but not within have no spread; drawing runs over all tasks would give one."""
+    samples = [np.array([0.10, 0.10, 0.101]), np.array([-0.10, -0.10, -0.101])]
+    low, high = stratified_interval(samples)
+    assert -0.001 < low <= 0 <= high < 0.001
+
+
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=4), min_size=1, max_size=3))
+def test_the_bootstrap_interval_lies_within_what_was_seen(samples):
+    low, high = stratified_interval([np.array(one) for one in samples])
+    assert low >= np.mean([min(one) for one in samples]) - 1e-9
+    assert high <= np.mean([max(one) for one in samples]) + 1e-9
+
+
+def test_differences_are_of_the_same_seed_and_only_of_seeds_that_both_have():
+    plain = [record(seed=seed, loss=value) for seed, value in enumerate([1.0, 2.0, 3.0])]
+    ours = [
+        record(method="ours", seed=seed, loss=value, seconds=3.0) for seed, value in {2: 2.5, 0: 0.9, 7: 9}.items()
+    ]
+    _, row = summarize(plain + ours, Metric.parse("loss"), ["plain", "ours"])
+    assert (row.runs, row.pairs, row.wins) == (3, 2, 2)
+    assert row.difference == pytest.approx((-0.5 - 0.1) / 2)
+    assert row.times == 3.0
+
+
+@pytest.mark.parametrize(("name", "wins"), [("accuracy", 0), ("loss", 1), ("ece:lower", 1), ("loss:higher", 0)])
+def test_wins_count_in_the_direction_of_the_metric(name, wins):
+    metric = Metric.parse(name)
+    records = [record(**{metric.name: 1.0}), record(method="ours", **{metric.name: 0.5})]
+    assert summarize(records, metric, ["plain", "ours"])[1].wins == wins
+
+
+def test_all_tasks_weigh_the_same_however_many_runs_they_have():
+    records = [record(task, "plain", seed, acc=0.0) for task in "ab" for seed in range(4)]
+    records += [record("a", "ours", seed, acc=0.1) for seed in range(4)]
+    records += [record("b", "ours", seed, acc=0.3) for seed in range(2)]
+    rows = summarize(records, Metric.parse("acc"), ["plain", "ours"])
+    overall = next(row for row in rows if row.task == "all tasks" and row.method == "ours")
+    assert overall.difference == pytest.approx(0.2)
+    assert (overall.pairs, overall.wins) == (6, 6)
+
+
+# --- running and recording ---
+
+
+def test_a_study_ends_in_tables_numbers_and_a_plot(tmp_path, capsys):
+    compare(tmp_path, "--seeds", "3", metric="test_accuracy test_loss")
+    shown = capsys.readouterr().out
+    assert "+0.0500" in shown
+    assert "3 of 3" in shown
+    assert "2.00" in shown  # times plain's time
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("runs.jsonl", "runs", "results.csv", "results.json", "results.md", "test_accuracy.png", "test_loss.png")
+    }
+    ours = next(row for row in results(tmp_path) if row["method"] == "ours")
+    assert (ours["mean"], ours["difference"]) == (pytest.approx(0.76), pytest.approx(0.05))
+
+
+def test_what_has_finished_is_not_run_again(tmp_path):
+    compare(tmp_path, "--seeds", "2")
+    before = read_records(tmp_path)
+    assert len(before) == 4
+    compare(tmp_path, "--seeds", "3")
+    assert read_records(tmp_path)[:4] == before
+    assert len(read_records(tmp_path)) == 6
+
+
+def test_a_line_that_was_cut_short_is_run_again(tmp_path):
+    compare(tmp_path, "--seeds", "1")
+    file = tmp_path / "runs.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(first + "\n" + second[:30])
+    compare(tmp_path, "--seeds", "1")
+    assert [one["method"] for one in read_records(tmp_path)] == ["plain", "ours"]
+
+
+def test_a_failed_run_is_shown_with_its_last_line_and_does_not_end_the_others(tmp_path, capsys):
+    methods = ["--method", "plain", "--method", "ours=--fails 0"]
+    with pytest.raises(SystemExit) as stopped:
+        compare(tmp_path, "--seeds", "2", methods=methods)
+    assert stopped.value.code == 1
+    shown = capsys.readouterr().err
+    assert "failed: ours, seed 0: out of luck: seed 0" in shown
+    assert "1 runs failed" in shown or "1 run failed" in shown
+    assert sorted((one["method"], one["seed"]) for one in read_records(tmp_path)) == [
+        *[("ours", 1), ("plain", 0), ("plain", 1)]
+    ]
+
+
+def test_a_run_that_reports_no_such_metric_has_failed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare(tmp_path, "--seeds", "1", metric="test_acuracy")
+    assert "reported no test_acuracy (did you mean --test_accuracy" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare(tmp_path / "other", "--reports", "nothing", "--seeds", "1")
+    assert "found neither *_results.json nor trainer_state.json" in capsys.readouterr().err
+
+
+def test_records_of_other_arguments_are_not_taken_for_these(tmp_path, capsys):
+    compare(tmp_path, "--epochs", "3", "--seeds", "1")
+    with pytest.raises(SystemExit):
+        compare(tmp_path, "--epochs", "4", "--seeds", "1")
+    assert "has a run of plain, seed 0 with other arguments (then 3, now 4)" in capsys.readouterr().err
+
+
+def test_jobs_run_side_by_side_with_the_threads_divided(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    compare(tmp_path, "--seeds", "2", "--jobs", "4")
+    threads = [file.read_text().splitlines()[-1] for file in tmp_path.glob("runs/*/seed_*/command.txt")]
+    assert threads == ["2"] * 4
+
+
+def test_discard_deletes_the_folders_of_finished_runs_and_keeps_their_logs(tmp_path):
+    compare(tmp_path, "--seeds", "1", "--discard")
+    assert sorted(path.name for path in (tmp_path / "runs" / "ours").iterdir()) == ["seed_0.log"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "start"),
+    [
+        ("", [sys.executable, "-m", "cmp_trainer.controls", "train.py"]),
+        ("srun -n 1", ["srun", "-n", "1", sys.executable, "-m", "cmp_trainer.controls", "train.py"]),
+        ("accelerate launch --num_processes 2", ["accelerate", "launch", "--num_processes", "2", "-m"]),
+        ("/opt/bin/torchrun --nproc_per_node 2", ["/opt/bin/torchrun", "--nproc_per_node", "2", "-m"]),
+    ],
+)
+def test_a_launcher_comes_before_each_run(launcher, start, tmp_path):
+    run = study().selection_runs() or study().reported_runs(study().choose_rates([]))
+    command = Runner("train.py", tmp_path, [], launcher=launcher).command(run[0])
+    assert command[: len(start)] == start
+    assert command[-2:] == ["--output_dir", str(tmp_path / "runs" / "a" / "plain" / "seed_0")]
+
+
+def test_a_launcher_may_take_the_whole_command_as_one_word(tmp_path):
+    run = study().reported_runs(study().choose_rates([]))[0]
+    command = Runner("train.py", tmp_path, [], launcher="sbatch --wait --wrap '{command}'").command(run)
+    assert command[:3] == ["sbatch", "--wait", "--wrap"]
+    assert shlex.split(command[3])[:3] == [sys.executable, "-m", "cmp_trainer.controls"]
+
+
+def test_learning_rates_are_chosen_on_the_validation_split_and_reported_on_the_test_split(tmp_path):
+    rates = ["--learning_rates", "1e-3", "1e-4", "1e-1", "--select", "eval_accuracy"]
+    compare(tmp_path, "--seeds", "2", *rates)
+    assert {one["learning_rate"] for one in read_records(tmp_path) if one["seed"] == 1} == {"1e-4"}
+    assert "1e-4" in (tmp_path / "results.md").read_text()
+    assert [row["runs"] for row in results(tmp_path)] == [2, 2]
+
+
+def test_a_study_is_described_in_a_file_and_the_command_line_overrides_it(tmp_path):
+    file = tmp_path / "study.yaml"
+    settings = {
+        "script": str(SCRIPTS / "train_somehow.py"),
+        "arguments": "--learning_rate 1e-4",
+        "task": {"a": "--one 1", "b": "--one 2"},
+        "method": {"plain": None, "ours": "--better 0.1"},
+        "seeds": 5,
+        "metric": ["test_accuracy", "test_loss"],
+        "launcher": STUB,
+    }
+    file.write_text(json.dumps(settings))  # which is YAML too
+    cli.main(["compare", "--study", str(file), "--seeds", "1", "--output", str(tmp_path / "out"), "--", "--more", "x"])
+    records = read_records(tmp_path / "out")
+    assert [(one["task"], one["method"]) for one in records] == [(t, m) for t in "ab" for m in ("plain", "ours")]
+    assert records[0]["arguments"] == "--learning_rate 1e-4 --more x --one 1 --seed 0"
+    assert {row["task"] for row in results(tmp_path / "out")} == {"all tasks", "a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.py", "--metric", "x", "--output", "y"], "train.py is not a file"),
+        (["--metric", "x", "--output", "y"], "expected a script"),
+        ([str(SCRIPTS / "report_metrics.py"), "--metric", "x"], "--output is missing"),
+        ([str(SCRIPTS / "report_metrics.py"), "--output", "y"], "--metric is missing"),
+        (["--study", "none.yaml"], "--study none.yaml does not exist"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", *words])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_an_unknown_key_of_a_study_is_named(tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text("scipt: train.py\n")
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--study", str(tmp_path / "study.yaml")])
+    assert "unknown key 'scipt' (did you mean script" in capsys.readouterr().err
+
+
+def test_metrics_are_read_from_the_trainers_log_where_a_script_saves_none(tmp_path):
+    state = {"log_history": [{"eval_loss": 1.0, "epoch": 1}, {"eval_loss": 0.5, "note": "x"}, {"train_runtime": 3.0}]}
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
+    assert read_metrics(tmp_path) == {"eval_loss": 0.5, "epoch": 1, "train_runtime": 3.0}
+
+
+@pytest.mark.xdist_group("processes")
+def test_a_script_that_knows_nothing_of_it_is_compared_from_start_to_end(tmp_path):
+    """In processes of their own: plain, without dropout, and two ablations."""
+    script = SCRIPTS / "report_loss.py"
+    methods = [word for name in ("plain", "no-dropout", "comparative-2") for word in ("--method", name)]
+    words = ["compare", str(script), "--max_steps", "2", *methods, "--seeds", "1", "--jobs", "2"]
+    words += ["--metric", "eval_loss", "--output", str(tmp_path)]
+    ended = subprocess.run([sys.executable, "-m", "cmp_trainer.cli", *words], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    losses = {row["method"]: row["mean"] for row in results(tmp_path)}
+    assert len(set(losses.values())) == 3  # three different trainings
+    assert "comparative-2" in ended.stdout
