@@ -42,7 +42,8 @@ def run_compare(options: argparse.Namespace) -> None:
     failed = run_study(study, runner)
     _report(study, folder)
     if failed:
-        print(f"{failed} runs failed and are not in the table; the same command tries them again", file=sys.stderr)
+        failures = "1 run" if failed == 1 else f"{failed} runs"
+        print(f"{failures} failed and cannot be in the table; the same command tries again", file=sys.stderr)
         raise SystemExit(1)
 
 
