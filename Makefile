@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 # What has to hold with the oldest libraries too: all that docs/compatibility.md names, the core, cropping, and GLUE.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures cases_runs checkpoints checks cli comparative_losses \
-	cropping data dropout faults glue low_memory models_without_dropout other_randomness recompute run shares stacked step \
+	controls cropping data dropout faults glue low_memory models_without_dropout other_randomness recompute run shares stacked step \
 	tasks text_classification trainer training_args variants versions ways_of_training))
 READY_OLDEST := $(VENV)-oldest/.ready
 READY_FLOOR := $(VENV)-floor/.ready

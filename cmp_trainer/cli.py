@@ -20,9 +20,15 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name; those of this process when None."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parse = {"run": _parsed_run, "compare": _parsed_compare}.get(words[0] if words else "", make_parser().parse_args)
     parsed = parse(words)
     parsed.command(parsed)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command that the words name, with its options; `command` is the function that runs it."""
+    if words[:1] == ["run"]:
+        return _parsed_run(words)
+    return _parsed_compare(words) if words[:1] == ["compare"] else make_parser().parse_args(words)
 
 
 def make_parser() -> argparse.ArgumentParser:
