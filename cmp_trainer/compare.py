@@ -167,7 +167,7 @@ def _runner(study: Study, folder: Path, settings: dict[str, Any]) -> Runner:
 
 
 def _require_packages() -> None:
-    missing = [name for name in ("scipy", "matplotlib", "tabulate") if find_spec(name) is None]
+    missing = [name for name in ("scipy", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ValueError(f"a comparison needs {', '.join(missing)}: pip install 'cmp-trainer[plot]'")
 

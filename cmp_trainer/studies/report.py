@@ -47,9 +47,16 @@ def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], first: st
     for metric in metrics:
         direction = "higher" if metric.greater_is_better else "lower"
         for title, rows in _parts(results, metric):
-            table = readable(rows, first, rates).to_markdown(index=False, disable_numparse=True)
+            table = as_markdown_table(readable(rows, first, rates))
             parts.append(f"## {metric.name}{title} ({direction} is better)\n\n{table}")
     return "\n\n".join(parts) + "\n"
+
+
+def as_markdown_table(table: pd.DataFrame) -> str:
+    """A table of texts. pandas' own `to_markdown` needs tabulate, which torch imports at exit where it is installed, so
+    that a run that Ctrl-C ends would no longer end by the signal."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def as_text(results: Sequence[Summary], metric: Metric, first: str, rates: Rates) -> str:
