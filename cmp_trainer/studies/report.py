@@ -53,8 +53,11 @@ def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], first: st
 
 
 def as_markdown_table(table: pd.DataFrame) -> str:
-    """A table of texts. pandas' own `to_markdown` needs tabulate, which torch imports at exit where it is installed, so
-    that a run that Ctrl-C ends would no longer end by the signal."""
+    """A table of texts.
+
+    pandas' own `to_markdown` needs tabulate, which torch imports at exit where it is installed, and then a run that
+    Ctrl-C ends no longer ends by the signal.
+    """
     rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
