@@ -7,7 +7,7 @@ An ordinary script for the Trainer, which knows nothing of comparative loss: `cm
 method of the study. Training and validation rows are drawn from the training file by --seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +53,8 @@ class StudyArguments:
     removal: bool = field(default=False, metadata={"help": "Also test without some heads, neurons and layers"})
 
 
-def main() -> None:
+def main(make_trainer: Callable[..., Any] = Trainer) -> None:
+    """Read the arguments, train, measure, save the metrics and the model."""
     study_args, args = HfArgumentParser((StudyArguments, TrainingArguments)).parse_args_into_dataclasses()  # pyright: ignore
     set_seed(args.seed)
     rows = Dataset.from_json(study_args.train_file).shuffle(seed=args.seed)  # pyright: ignore
@@ -75,7 +76,7 @@ def main() -> None:
         )
         return Dataset.from_dict({**inputs, "labels": labels, "length": lengths})
 
-    trainer = Trainer(
+    trainer = make_trainer(
         model,
         args,
         train_dataset=encode(rows.select(range(held_out, held_out + train_rows))),
