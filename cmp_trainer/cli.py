@@ -197,6 +197,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     add("--output", metavar="FOLDER", help="where records, logs and results go")
     add("--jobs", type=int, metavar="N", help="runs side by side, with the threads divided (default: 1)")
     add("--launcher", metavar="COMMAND", help="command before each run, such as srun or 'accelerate launch'")
+    add("--report", action="store_true", help="run nothing; report what has finished so far")
     add("--discard", action="store_true", help="delete a run's output folder when its metrics are recorded")
     parser.set_defaults(command=_compare)
 

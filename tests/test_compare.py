@@ -245,6 +245,15 @@ def test_what_has_finished_is_not_run_again(tmp_path):
     assert len(read_records(tmp_path)) == 6
 
 
+def test_what_has_finished_so_far_is_reported_without_running_anything(tmp_path):
+    compare(tmp_path, "--seeds", "2")
+    records = read_records(tmp_path)
+    (tmp_path / "results.csv").unlink()
+    compare(tmp_path, "--seeds", "5", "--report")
+    assert read_records(tmp_path) == records
+    assert [row["runs"] for row in results(tmp_path)] == [2, 2]
+
+
 def test_a_line_that_was_cut_short_is_run_again(tmp_path):
     compare(tmp_path, "--seeds", "1")
     file = tmp_path / "runs.jsonl"

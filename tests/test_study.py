@@ -143,7 +143,7 @@ def test_configs_describe_studies_whose_arguments_exist(file, study_modules):
     from cmp_trainer.controls import make_parser
     from cmp_trainer.run import split_arguments
 
-    options = type("Options", (), {"study": str(file), "words": []})()
+    options = type("Options", (), {"study": str(file), "words": [], "report": False})()
     study = _study(_settings(options))
     assert _read_study(str(file))["output"] == f"examples/study/results/{file.stem}"
     if not study.script.endswith("train_classifier.py"):
