@@ -79,6 +79,12 @@ class Controls:
                 f"--cmp_num_ablations {ablations} takes the place of dropout; remove --control_no_dropout and "
                 "--control_r_drop, or the ablations"
             )
+        accumulated = trainer.args.gradient_accumulation_steps
+        if self.r_drop is not None and accumulated > 1:
+            raise ValueError(
+                f"--control_r_drop with --gradient_accumulation_steps {accumulated}: models scale their losses in "
+                "different ways there, and the divergence could not follow; use one batch a step"
+            )
         names = ("num_train_epochs", "max_steps", "warmup_steps")
         before = {name: getattr(trainer.args, name) for name in names}
         try:
@@ -97,7 +103,7 @@ class Controls:
         if self.no_dropout:
             changed = functools.partial(_without_dropout, compute_loss)
         elif self.r_drop is not None:
-            changed = functools.partial(_r_drop, trainer, compute_loss, self.r_drop)
+            changed = functools.partial(_r_drop, compute_loss, self.r_drop)
         else:
             return step(trainer, *args, **kwargs)
         self.steps += 1
@@ -111,7 +117,6 @@ def _without_dropout(compute_loss: Callable[..., Any], *args: Any, **kwargs: Any
 
 
 def _r_drop(
-    trainer: Any,
     compute_loss: Callable[..., Any],
     weight: float,
     model: Any,
@@ -127,11 +132,7 @@ def _r_drop(
     }
     items = None if num_items_in_batch is None else 2 * num_items_in_batch
     loss, outputs = compute_loss(model, doubled, return_outputs=True, num_items_in_batch=items)
-    divergence = symmetric_divergence(outputs, rows)
-    # The Trainer divides a mean over this batch by the number of accumulated batches, unless it is scaled already.
-    is_scaled = num_items_in_batch is not None and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
-    share = trainer.current_gradient_accumulation_steps if is_scaled else 1
-    loss = loss + weight * divergence / share
+    loss = loss + weight * symmetric_divergence(outputs, rows)
     return (loss, outputs) if return_outputs else loss
 
 

@@ -185,6 +185,11 @@ def test_the_bootstrap_draws_seeds_within_tasks():
     assert -0.001 < low <= 0 <= high < 0.001
 
 
+def test_tasks_weigh_the_same_in_the_bootstrap():
+    low, high = stratified_interval([np.array([0.1, 0.1, 0.1, 0.101]), np.array([0.3, 0.301])])
+    assert 0.2 <= low <= high < 0.202
+
+
 @given(st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=4), min_size=1, max_size=3))
 def test_the_bootstrap_interval_lies_within_what_was_seen(samples):
     low, high = stratified_interval([np.array(one) for one in samples])

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BertConfig, BertForQuestionAnswering, BertModel, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from cmp_trainer import CmpTrainer, CmpTrainingArguments
 from cmp_trainer.controls import Controls, main, symmetric_divergence
@@ -111,9 +119,19 @@ def r_drop_by_hand(model, batch, weight):
     return outputs.loss + weight * divergence
 
 
-def test_r_drop_is_the_loss_of_its_paper(tmp_path):
+def tiny_llama():
+    """Its loss is divided by the number of items that the Trainer passes; BERT's is a mean whatever is passed."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=40, num_labels=3, pad_token_id=0, attention_dropout=0.3, **sizes)
+    )
+
+
+@pytest.mark.parametrize("make_model", [tiny_bert, tiny_llama])
+def test_r_drop_is_the_loss_of_its_paper(make_model, tmp_path):
     batch = batch_of(token_data(), range(4))
-    expected, model = tiny_bert().train(), tiny_bert().train()
+    expected, model = make_model().train(), make_model().train()
     torch.manual_seed(3)
     loss = r_drop_by_hand(expected, batch, 0.7)
     loss.backward()
@@ -124,10 +142,18 @@ def test_r_drop_is_the_loss_of_its_paper(tmp_path):
     controls = Controls(r_drop=0.7)
     controls.trainings = 1  # the step alone, without train()
     with controls.applied():
-        found = trainer.training_step(model, dict(batch))
+        found = trainer.training_step(model, dict(batch), torch.tensor(4))
     torch.testing.assert_close(found, loss.detach())
     for name, gradient in gradients(expected).items():
         torch.testing.assert_close(gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_divergence_counts_both_directions():
+    one, two = torch.tensor([0.9, 0.1]), torch.tensor([0.4, 0.6])
+    outputs = type("Outputs", (), {"logits": torch.stack([one, two]).log()})()
+    there, back = (one * (one / two).log()).sum(), (two * (two / one).log()).sum()
+    assert abs(there - back) > 0.1
+    torch.testing.assert_close(symmetric_divergence(outputs, 1), (there + back) / 2)
 
 
 def test_r_drop_is_zero_where_nothing_drops_and_the_mean_of_starts_and_ends_for_answers():
@@ -164,6 +190,11 @@ def test_a_control_beside_ablations_is_rejected(controls, tmp_path):
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=2)
     with pytest.raises(ValueError, match="--cmp_num_ablations 2 takes the place of dropout"), controls.applied():
         trainer.train()
+
+
+def test_r_drop_with_accumulated_batches_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="--control_r_drop with --gradient_accumulation_steps 2"):
+        trained(tmp_path, Controls(r_drop=1.0), gradient_accumulation_steps=2)
 
 
 @pytest.mark.parametrize("controls", [Controls(no_dropout=True), Controls(epochs=3), Controls(r_drop=1.0)])
