@@ -80,7 +80,7 @@ class Runner:
                     tqdm.write(f"failed: {run}: {error} (log: {self.place(run)}.log)", file=sys.stderr)
                 else:
                     append_record(self.folder, record)
-                    bar.set_postfix_str(f"{run}: {record['metrics'][self.required[0]]:.4g}")
+                    bar.set_postfix_str(f"last: {run}")  # no numbers, which would show test results one by one
                 bar.update()
         return failed
 
