@@ -22,7 +22,7 @@ def study_modules(monkeypatch):
     """The modules beside the study's script."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("noise", "own_ablations", "train_classifier"):
+    for name in ("noise", "own_ablations", "train_classifier", "train_with_distractors"):
         sys.modules.pop(name, None)
 
 
@@ -153,3 +153,25 @@ def test_configs_describe_studies_whose_arguments_exist(file, study_modules):
         _, rest = make_parser().parse_known_args(run.words)
         _, own = split_arguments(rest)
         parser.parse_args_into_dataclasses([*own, "--output_dir", "x"])  # raises for what it does not know
+
+
+def test_distractors_are_the_segments_after_the_text(study_modules):
+    from train_with_distractors import with_distractors
+
+    tokenizer, sentences = letter_tokenizer(), ["x y", "z", "w w w", "v"]
+    inputs = with_distractors(sentences, 3, tokenizer, [["a b", "c"]], 32)
+    for ids, types, segments in zip(
+        inputs["input_ids"], inputs["token_type_ids"], inputs["crop_segments"], strict=True
+    ):
+        assert len(ids) == len(types) == len(segments)
+        words = tokenizer.convert_ids_to_tokens(ids)
+        kept = [word for word, segment in zip(words, segments, strict=True) if segment == 0]
+        assert kept[-2:] == ["[SEP]", "[SEP]"]
+        assert set(kept) <= {"[CLS]", "[SEP]", "a", "b", "c"}
+        for segment in (1, 2, 3):
+            of_segment = [word for word, one in zip(words, segments, strict=True) if one == segment]
+            assert " ".join(of_segment) in sentences
+    assert with_distractors(sentences, 3, tokenizer, [["a b", "c"]], 32) == inputs
+    short = with_distractors(sentences, 3, tokenizer, [["a b"]], 6)
+    assert all(len(one[0]) == 6 for one in short.values())
+    assert tokenizer.convert_ids_to_tokens(short["input_ids"][0])[-1] == "[SEP]"

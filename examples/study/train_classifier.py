@@ -10,6 +10,7 @@ method of the study. Training and validation rows are drawn from the training fi
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +54,14 @@ class StudyArguments:
     removal: bool = field(default=False, metadata={"help": "Also test without some heads, neurons and layers"})
 
 
-def main(make_trainer: Callable[..., Any] = Trainer) -> None:
-    """Read the arguments, train, measure, save the metrics and the model."""
+def main(make_trainer: Callable[..., Any] = Trainer, tokenize: Callable[..., Any] | None = None) -> None:
+    """Read the arguments, train, measure, save the metrics and the model.
+
+    Args:
+        make_trainer: a Trainer's class, or what makes one from the same arguments.
+        tokenize: `(tokenizer, texts, max_length)` -> columns, in place of `tokenizer(*texts)`; `texts` is a list a
+            column.
+    """
     study_args, args = HfArgumentParser((StudyArguments, TrainingArguments)).parse_args_into_dataclasses()  # pyright: ignore
     set_seed(args.seed)
     rows = Dataset.from_json(study_args.train_file).shuffle(seed=args.seed)  # pyright: ignore
@@ -64,18 +71,7 @@ def main(make_trainer: Callable[..., Any] = Trainer) -> None:
     classes = sorted(set(rows["label"]))
     tokenizer = AutoTokenizer.from_pretrained(study_args.model_name_or_path)
     model = load_model(study_args, len(classes))
-
-    def encode(dataset: Any) -> Any:
-        """The inputs, the class, and the length, which `--train_sampling_strategy group_by_length` reads."""
-        columns = [name for name in dataset.column_names if name != "label"]
-        texts = [dataset[name][:] for name in columns]
-        inputs = tokenizer(*texts, truncation=True, max_length=study_args.max_seq_length)
-        labels, lengths = (
-            [classes.index(label) for label in dataset["label"]],
-            [len(one) for one in inputs["input_ids"]],
-        )
-        return Dataset.from_dict({**inputs, "labels": labels, "length": lengths})
-
+    encode = partial(encoded, tokenizer, classes, study_args.max_seq_length, tokenize or plain_inputs)
     trainer = make_trainer(
         model,
         args,
@@ -96,6 +92,19 @@ def main(make_trainer: Callable[..., Any] = Trainer) -> None:
         found |= tested_without_parts(trainer, encode(test).sort("length"))
     trainer.save_metrics("all", found, combined=False)
     trainer.save_model()
+
+
+def encoded(tokenizer: Any, classes: list[Any], max_length: int, tokenize: Callable[..., Any], dataset: Any) -> Any:
+    """Inputs, class numbers, and the lengths that `--train_sampling_strategy group_by_length` reads."""
+    texts = [dataset[name][:] for name in dataset.column_names if name != "label"]
+    inputs = tokenize(tokenizer, texts, max_length)
+    labels = [classes.index(label) for label in dataset["label"]]
+    return Dataset.from_dict({**inputs, "labels": labels, "length": [len(one) for one in inputs["input_ids"]]})
+
+
+def plain_inputs(tokenizer: Any, texts: list[list[str]], max_length: int) -> Any:
+    """One text a row, or two."""
+    return tokenizer(*texts, truncation=True, max_length=max_length)
 
 
 def load_model(study_args: StudyArguments, num_labels: int) -> Any:
