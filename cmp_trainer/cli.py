@@ -188,7 +188,11 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     add("--task", action="append", metavar="NAME=ARGS", help="a task and its arguments; repeat it for several")
     add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 5)")
     add(
-        "--metric", nargs="+", metavar="NAME", help="what runs report; losses count as lower is better, NAME:lower too"
+        "--metric",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="what runs report; lower is better for names that end in loss, add :lower or :higher to set it",
     )
     add("--learning_rates", nargs="+", metavar="RATE", help="rates to choose from, for each method")
     add("--select", metavar="NAME", help="metric of a validation split that a learning rate is chosen by")
@@ -198,7 +202,12 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     add("--jobs", type=int, metavar="N", help="runs side by side, with the threads divided (default: 1)")
     add("--launcher", metavar="COMMAND", help="command before each run, such as srun or 'accelerate launch'")
     add("--report", action="store_true", help="run nothing; report what has finished so far")
-    add("--discard", action="store_true", help="delete a run's output folder when its metrics are recorded")
+    add(
+        "--discard",
+        action="store_true",
+        default=None,
+        help="delete a run's folder when its metrics are recorded",
+    )
     parser.set_defaults(command=_compare)
 
 

@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm.auto import tqdm
 
 from cmp_trainer.errors import first_line, nearest
 from cmp_trainer.saving.files import written_whole
 from cmp_trainer.scripting import plain_errors
 from cmp_trainer.studies import report
 from cmp_trainer.studies.methods import make_methods
-from cmp_trainer.studies.running import Runner, read_records, record_key, require_same_arguments, slug, study_record
+from cmp_trainer.studies.running import (
+    Runner,
+    known_metrics,
+    read_records,
+    record_key,
+    require_same_arguments,
+    slug,
+    study_record,
+)
 from cmp_trainer.studies.statistics import summarize
 from cmp_trainer.studies.study import Metric, Study, make_tasks
 
@@ -43,7 +50,7 @@ def run_compare(options: argparse.Namespace) -> None:
     _report(study, folder)
     if failed:
         failures = "1 run" if failed == 1 else f"{failed} runs"
-        print(f"{failures} failed and cannot be in the table; the same command tries again", file=sys.stderr)
+        print(f"{failures} failed and not in the table; run the same command again to retry", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -51,10 +58,10 @@ def run_study(study: Study, runner: Runner) -> int:
     """Run what is not recorded yet, first what learning rates are chosen from; the number of failures."""
     folder = runner.folder
     selection = study.selection_runs()
-    require_same_arguments(read_records(folder), selection, folder)
+    require_same_arguments(read_records(folder), selection, study.script, folder)
     failed = runner.run_all(selection, "learning rates") if selection else {}
     runs = study.reported_runs(study.choose_rates(read_records(folder)))
-    require_same_arguments(read_records(folder), runs, folder)
+    require_same_arguments(read_records(folder), runs, study.script, folder)
     failed |= runner.run_all([run for run in runs if run not in failed], "runs")
     return len(failed)
 
@@ -62,12 +69,21 @@ def run_study(study: Study, runner: Runner) -> int:
 def _report(study: Study, folder: Path) -> None:
     records = read_records(folder)
     rates = study.choose_rates(records)
-    reported = {run.key for run in study.reported_runs(rates)}
+    runs = study.reported_runs(rates)
+    require_same_arguments(records, [*study.selection_runs(), *runs], study.script, folder)
+    reported = {run.key for run in runs}
     finished = [one for one in records if record_key(one) in reported]
     methods, metrics = [method.name for method in study.methods], list(study.metrics)
     if not finished:
-        tqdm.write("no run has finished, so there is nothing to compare", file=sys.stderr)
-        return
+        print("no run has finished, so there is nothing to compare", file=sys.stderr)
+        raise SystemExit(1)
+    for metric in metrics:
+        lacking = next((one for one in finished if metric.name not in one["metrics"]), None)
+        if lacking is not None:
+            raise ValueError(
+                f"--metric {metric.name} was not reported by {lacking['method']}, seed {lacking['seed']}"
+                f"{known_metrics(metric.name, lacking['metrics'])}"
+            )
     results = [row for metric in metrics for row in summarize(finished, metric, methods)]
     markdown = report.as_markdown(results, metrics, methods[0], rates)
     files = report.write(folder, results, study_record(study), markdown)
@@ -101,7 +117,9 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options of the command line, over those of the study's file, over the defaults."""
     settings = DEFAULTS | (_read_study(options.study) if options.study else {})
     given = {
-        name: value for name, value in vars(options).items() if name in DEFAULTS and value not in (None, [], False)
+        name: value
+        for name, value in vars(options).items()
+        if name in DEFAULTS and value is not None and value is not False
     }
     words = list(options.words)
     if words and settings["script"] is None:
@@ -131,8 +149,10 @@ def _read_study(path: str) -> dict[str, Any]:
             found[name] = int(found[name])
     found["discard"] = str(found.get("discard", "false")).lower() == "true"
     for name in ("metric", "learning_rates", "select_tasks"):
-        found[name] = [found[name]] if isinstance(found.get(name), str) else found.get(name, [])
+        found[name] = found[name].split() if isinstance(found.get(name), str) else found.get(name, [])
     for name in ("method", "task"):
+        if isinstance(found.get(name), str):
+            found[name] = [found[name]]
         if isinstance(found.get(name), dict):
             found[name] = {str(key): value for key, value in values[name].items()}  # `plain:` alone is None
     return found
@@ -161,7 +181,7 @@ def _runner(study: Study, folder: Path, settings: dict[str, Any]) -> Runner:
     for option, names in (("--method", [one.name for one in study.methods]), ("--task", list(study.tasks))):
         slugs = [slug(name) for name in names]
         if len(set(slugs)) < len(slugs):
-            raise ValueError(f"{option}: two names are the same as a folder; change one of {', '.join(names)}")
+            raise ValueError(f"{option}: these names make the same folder, rename one: {', '.join(names)}")
     required = [metric.name for metric in study.metrics] + ([study.select.name] if study.select else [])
     return Runner(study.script, folder, required, settings["jobs"], settings["launcher"], settings["discard"])
 

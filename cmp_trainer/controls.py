@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from cmp_trainer.chain import shadowed
+from cmp_trainer.errors import nearest
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.run import run_script, wrapped_method
 from cmp_trainer.scripting import plain_errors
@@ -67,7 +68,7 @@ class Controls:
             yield
         asked = self.no_dropout or self.epochs != 1 or self.r_drop is not None
         if asked and not self.trainings:
-            raise ValueError("a control was asked for, but the script trains with no Trainer, so none took place")
+            raise ValueError("a control was asked for, but it has no effect: the script never called Trainer.train")
         if (self.no_dropout or self.r_drop is not None) and not self.steps:
             raise ValueError("a control was asked for, but no training step of a Trainer was taken")
 
@@ -78,6 +79,17 @@ class Controls:
             raise ValueError(
                 f"--cmp_num_ablations {ablations} takes the place of dropout; remove --control_no_dropout and "
                 "--control_r_drop, or the ablations"
+            )
+        if trainer.args.n_gpu > 1 and (self.no_dropout or self.r_drop is not None):
+            raise ValueError(
+                "controls do not reach the threads of nn.DataParallel, which the Trainer uses on "
+                f"{trainer.args.n_gpu} GPUs; start the script with torchrun, or set "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.epochs != 1 and trainer.lr_scheduler is not None:
+            raise ValueError(
+                "--control_epochs with a scheduler that the script makes itself: its schedule would end too early; "
+                "let the Trainer make it"
             )
         accumulated = trainer.args.gradient_accumulation_steps
         if self.r_drop is not None and accumulated > 1:
@@ -172,12 +184,25 @@ def make_parser() -> argparse.ArgumentParser:
 @plain_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `[--control_…] script.py [arguments…]`; the controls may stand anywhere."""
-    given, rest = make_parser().parse_known_args(arguments)
+    parser = make_parser()
+    given, rest = parser.parse_known_args(arguments)
+    options = [option for action in parser._actions for option in action.option_strings]
     controls = Controls(given.control_no_dropout, given.control_epochs, given.control_r_drop)
     if not rest:
         raise ValueError("expected the path of a script")
+    mistyped = [word for word in rest if word.lstrip("-").replace("-", "_").startswith("control_")]
+    if mistyped:
+        raise ValueError(f"{mistyped[0]} is none of the controls{nearest(mistyped[0], options, '')}")
+    left = None
     with controls.applied():
-        run_script(rest[0], rest[1:])
+        try:
+            run_script(rest[0], rest[1:])
+        except SystemExit as stop:
+            if stop.code not in (None, 0):
+                raise
+            left = stop
+    if left is not None:
+        raise left
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_runs_are_tasks_by_methods_by_seeds_with_all_methods_of_a_seed_first():
 
 
 def test_a_metric_of_the_split_that_a_learning_rate_is_chosen_on_is_rejected():
-    with pytest.raises(ValueError, match=r"--metric eval_accuracy is of the split that --select eval_loss chooses"):
+    with pytest.raises(ValueError, match="--metric eval_accuracy and --select eval_loss are of the same split"):
         rated_study(metrics=[Metric.parse("test_accuracy"), Metric.parse("eval_accuracy")])
 
 
@@ -178,6 +178,12 @@ def test_one_pair_has_no_interval():
     assert all(map(math.isnan, stratified_interval([np.array([0.1]), np.array([0.1, 0.2])])))
 
 
+def test_equal_differences_have_no_interval_of_width_zero():
+    assert all(map(math.isnan, interval([0.0025, 0.0025])))
+    assert all(map(math.isnan, stratified_interval([np.array([0.0025, 0.0025])])))
+    assert interval([0.0, 0.0]) == (0.0, 0.0)
+
+
 def test_the_bootstrap_draws_seeds_within_tasks():
     """Tasks that differ in level but not within have no spread; drawing runs over all tasks would give one."""
     samples = [np.array([0.10, 0.10, 0.101]), np.array([-0.10, -0.10, -0.101])]
@@ -193,8 +199,8 @@ def test_tasks_weigh_the_same_in_the_bootstrap():
 @given(st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=4), min_size=1, max_size=3))
 def test_the_bootstrap_interval_lies_within_what_was_seen(samples):
     low, high = stratified_interval([np.array(one) for one in samples])
-    assert low >= np.mean([min(one) for one in samples]) - 1e-9
-    assert high <= np.mean([max(one) for one in samples]) + 1e-9
+    assert math.isnan(low) or low >= np.mean([min(one) for one in samples]) - 1e-9
+    assert math.isnan(high) or high <= np.mean([max(one) for one in samples]) + 1e-9
 
 
 def test_differences_are_of_the_same_seed_and_only_of_seeds_that_both_have():
@@ -274,7 +280,7 @@ def test_a_failed_run_is_shown_with_its_last_line_and_does_not_end_the_others(tm
         compare(tmp_path, "--seeds", "2", methods=methods)
     assert stopped.value.code == 1
     shown = capsys.readouterr().err
-    assert "failed: ours, seed 0: out of luck: seed 0" in shown
+    assert "failed: ours, seed 0: out of luck: seed 0 (status 3)" in shown
     assert "1 run failed" in shown
     assert sorted((one["method"], one["seed"]) for one in read_records(tmp_path)) == [
         *[("ours", 1), ("plain", 0), ("plain", 1)]
@@ -295,6 +301,21 @@ def test_records_of_other_arguments_are_not_taken_for_these(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare(tmp_path, "--epochs", "4", "--seeds", "1")
     assert "has a run of plain, seed 0 with other arguments (then 3, now 4)" in capsys.readouterr().err
+
+
+def test_a_report_of_other_arguments_is_rejected_too(tmp_path, capsys):
+    compare(tmp_path, "--epochs", "3", "--seeds", "1")
+    for changes in (["--epochs", "4"], ["--epochs", "3", "--metric", "test_f1"]):
+        with pytest.raises(SystemExit):
+            compare(tmp_path, *changes, "--seeds", "1", "--report")
+    shown = capsys.readouterr().err
+    assert "with other arguments (then 3, now 4)" in shown
+    assert "--metric test_f1 was not reported by plain, seed 0" in shown
+
+
+def test_tasks_with_the_same_arguments_are_rejected():
+    with pytest.raises(ValueError, match="--task mrpc has the same arguments as cola"):
+        study(arguments=[], tasks=make_tasks(["cola", "mrpc"]))
 
 
 def test_jobs_run_side_by_side_with_the_threads_divided(tmp_path, monkeypatch):

@@ -195,8 +195,24 @@ def test_r_drop_with_accumulated_batches_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("controls", [Controls(no_dropout=True), Controls(epochs=3), Controls(r_drop=1.0)])
 def test_a_control_that_did_not_take_place_is_an_error(controls):
-    with pytest.raises(ValueError, match="the script trains with no Trainer"), controls.applied():
+    with pytest.raises(ValueError, match=r"the script never called Trainer\.train"), controls.applied():
         pass
+
+
+def test_a_misspelt_control_is_not_passed_on_to_the_script(capsys):
+    with pytest.raises(SystemExit):
+        main([str(SCRIPT), "--control_nodropout"])
+    assert (
+        "--control_nodropout is none of the controls (did you mean --control_no_dropout?)" in capsys.readouterr().err
+    )
+
+
+def test_a_script_that_exits_by_itself_is_checked_too(tmp_path, capsys):
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--control_no_dropout", str(tmp_path / "exits.py")])
+    assert stopped.value.code == 2
+    assert "has no effect" in capsys.readouterr().err
 
 
 def test_without_controls_a_script_runs_as_it_is(tmp_path):

@@ -107,11 +107,11 @@ class Runner:
                 raise RunFailed(f"could not be started: {error}") from error
         seconds = time.perf_counter() - started
         if ended.returncode:
-            raise RunFailed(last_line(log) or f"ended with status {ended.returncode}")
+            raise RunFailed(f"{last_line(log) or 'it printed nothing'} (status {ended.returncode})")
         metrics = read_metrics(output)
         missing = [name for name in self.required if name not in metrics]
         if missing:
-            raise RunFailed(f"reported no {missing[0]}{_known(missing[0], metrics)}")
+            raise RunFailed(f"reported no {missing[0]}{known_metrics(missing[0], metrics)}")
         if self.discard:
             shutil.rmtree(output, ignore_errors=True)
         return {
@@ -119,6 +119,7 @@ class Runner:
             "method": run.method,
             "learning_rate": run.learning_rate,
             "seed": run.seed,
+            "script": self.script,
             "arguments": shlex.join(run.words),
             "metrics": metrics,
             "seconds": round(seconds, 2),
@@ -139,7 +140,7 @@ class Runner:
         return [*words, *(module if starts_python else whole)]
 
     def environment(self) -> dict[str, str]:
-        """Environment variables that are set for every run: its share of the threads, and no progress bars."""
+        """Environment variables that are set for every run: its share of the threads."""
         threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // self.jobs)
         return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
@@ -164,31 +165,41 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     path = folder / "runs.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno} is not a record; remove it ({error.msg})") from error
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if line.endswith("\n"):
+                raise ValueError(f"{path}: line {number} is not a record; remove it ({error.msg})") from error
+    return records
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Add a finished run. A line that an interruption left without its end is ended first."""
+    """Add a finished run; what an interruption left of a line is removed first."""
     path = folder / "runs.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    if torn:
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-        path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        path.write_text("".join(json.dumps(one) + "\n" for one in read_records(folder)), encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def require_same_arguments(records: Sequence[Mapping[str, Any]], runs: Sequence[Run], folder: Path) -> None:
-    """Raises a ValueError where a recorded run was made with other arguments than the study has now."""
-    recorded = {record_key(one): one["arguments"] for one in records}
+def require_same_arguments(
+    records: Sequence[Mapping[str, Any]], runs: Sequence[Run], script: str, folder: Path
+) -> None:
+    """Raises a ValueError where a recorded run was made with another script or arguments than the study has now."""
+    recorded = {record_key(one): one for one in records}
     for run in runs:
-        before = recorded.get(run.key)
-        if before is not None and before != shlex.join(run.words):
+        if run.key not in recorded:
+            continue
+        before, of_script = recorded[run.key]["arguments"], recorded[run.key].get("script", script)
+        if of_script != script:
+            raise ValueError(
+                f"{folder / 'runs.jsonl'} has a run of {run} with the script {of_script}, not {script}; pass another "
+                "--output"
+            )
+        if before != shlex.join(run.words):
             raise ValueError(
                 f"{folder / 'runs.jsonl'} has a run of {run} with other arguments ({_difference(before, run)}); pass "
                 "another --output, or remove its line to run it again"
@@ -198,7 +209,7 @@ def require_same_arguments(records: Sequence[Mapping[str, Any]], runs: Sequence[
 def _difference(before: str, run: Run) -> str:
     old, new = shlex.split(before), list(run.words)
     gone, added = [word for word in old if word not in new], [word for word in new if word not in old]
-    return f"then {' '.join(gone) or 'without'}, now {' '.join(added) or 'without'}"
+    return f"then {' '.join(gone) or '(nothing)'}, now {' '.join(added) or '(nothing, or in another order)'}"
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
@@ -223,7 +234,8 @@ def last_line(log: Path) -> str:
     return line if len(line) <= 300 else f"{line[:300]} …"
 
 
-def _known(name: str, metrics: Mapping[str, float]) -> str:
+def known_metrics(name: str, metrics: Mapping[str, float]) -> str:
+    """The end of a message that a metric is missing: what was meant, or all that there are."""
     if not metrics:
         return "; found neither *_results.json nor trainer_state.json in its output folder"
     return nearest(name, metrics) or f"; it has {', '.join(sorted(metrics))}"

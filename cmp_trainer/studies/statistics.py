@@ -1,7 +1,7 @@
 """What the runs of a study say: means, paired differences with their intervals, wins and costs.
 
-Runs with the same seed are a pair: they draw the same data, order and initial weights, so their difference varies less
-than the runs do.
+Runs with the same seed are a pair: they draw the same data and initial weights, and usually the same order, so their
+difference varies less than the runs do.
 
 - **One task.** The interval of the mean difference is that of the paired t-test.
 - **Several tasks.** The mean over tasks of the mean difference, with a bootstrap in which seeds are drawn anew within
@@ -85,7 +85,9 @@ def differences(runs: Mapping[int, Any], first: Mapping[int, Any], metric: str) 
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of paired differences, by Student's t; NaN for fewer than two of them.
+    """The 95 % interval of the mean of paired differences, by Student's t.
+
+    NaN for fewer than two of them, and where all are the same number but 0, which a few rows and seeds do by chance.
 
     >>> low, high = interval([0.01, 0.02, 0.03])
     >>> round(low, 4), round(high, 4)
@@ -96,8 +98,8 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return np.nan, np.nan
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
+    if np.ptp(values) < 1e-12:
+        return (np.nan, np.nan) if values.any() else (0.0, 0.0)
     found: Any = stats.ttest_1samp(values, 0)
     found = found.confidence_interval(CONFIDENCE)
     return float(found.low), float(found.high)
@@ -113,9 +115,8 @@ def stratified_interval(samples: Sequence[np.ndarray]) -> tuple[float, float]:
 
     if not samples or min(map(len, samples)) < 2:
         return np.nan, np.nan
-    if all(np.ptp(sample) == 0 for sample in samples):
-        mean = float(np.mean([sample[0] for sample in samples]))
-        return mean, mean
+    if all(np.ptp(sample) < 1e-12 for sample in samples):
+        return (np.nan, np.nan) if any(sample.any() for sample in samples) else (0.0, 0.0)
 
     def mean_of_means(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.mean([one.mean(axis=axis) for one in drawn], axis=0)

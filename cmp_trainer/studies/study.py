@@ -102,8 +102,19 @@ class Study:
         if self.num_seeds < 1:
             raise ValueError(f"--seeds {self.num_seeds}: expected 1 or more")
         require_distinct("--method", [method.name for method in self.methods])
+        self._check_tasks()
         require_distinct("--metric", [metric.name for metric in self.metrics])
         self._check_selection()
+
+    def _check_tasks(self) -> None:
+        seen: dict[tuple[str, ...], str] = {}
+        for task in self.tasks:
+            words = tuple(self._words(task, self.methods[0], None, 0))
+            if words in seen:
+                raise ValueError(
+                    f"--task {task} has the same arguments as {seen[words]}; give each its own, NAME=ARGS"
+                )
+            seen[words] = task
 
     def _check_selection(self) -> None:
         require_distinct("--learning_rates", self.learning_rates)
@@ -115,8 +126,8 @@ class Study:
         same = [metric.name for metric in self.metrics if metric.split == self.select.split]
         if same:
             raise ValueError(
-                f"--metric {same[0]} is of the split that --select {self.select.name} chooses the learning rate on. "
-                "What is chosen for a metric says nothing about it; report a metric of another split, such as test_"
+                f"--metric {same[0]} and --select {self.select.name} are of the same split, so the result would be "
+                "biased; report a metric of another split, such as test_accuracy"
             )
         if not 1 <= self.select_seeds <= self.num_seeds:
             raise ValueError(f"--select_seeds {self.select_seeds}: expected 1 to --seeds {self.num_seeds}")

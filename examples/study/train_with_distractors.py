@@ -30,7 +30,7 @@ def with_distractors(
     columns: dict[str, list[list[int]]] = {"input_ids": [], "token_type_ids": [], "crop_segments": []}
     for text in texts[0]:
         draw = random.Random(text)
-        ids, segments = tokenizer(text)["input_ids"], []
+        ids = tokenizer(text)["input_ids"]
         types, segments = [0] * len(ids), [0] * len(ids)
         for segment, sentence in enumerate(draw.sample(sentences, number), start=1):
             added = tokenizer(sentence, add_special_tokens=False)["input_ids"]
