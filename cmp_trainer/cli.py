@@ -192,7 +192,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="what runs report; lower is better for names that end in loss, add :lower or :higher to set it",
+        help="what runs report; lower is better for losses and errors, else higher; add :lower or :higher to set it",
     )
     add("--learning_rates", nargs="+", metavar="RATE", help="rates to choose from, for each method")
     add("--select", metavar="NAME", help="metric of a validation split that a learning rate is chosen by")
@@ -201,6 +201,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     add("--output", metavar="FOLDER", help="where records, logs and results go")
     add("--jobs", type=int, metavar="N", help="runs side by side, with the threads divided (default: 1)")
     add("--launcher", metavar="COMMAND", help="command before each run, such as srun or 'accelerate launch'")
+    add("--dry_run", action="store_true", help="run nothing; print the command lines that would be run")
     add("--report", action="store_true", help="run nothing; report what has finished so far")
     add(
         "--discard",

@@ -9,6 +9,8 @@ studies/ has its parts: methods, the study, how its runs are started and recorde
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,34 +22,109 @@ from cmp_trainer.saving.files import written_whole
 from cmp_trainer.scripting import plain_errors
 from cmp_trainer.studies import report
 from cmp_trainer.studies.methods import make_methods
-from cmp_trainer.studies.running import (
-    Runner,
+from cmp_trainer.studies.records import (
     known_metrics,
+    mixed_conditions,
     read_records,
     record_key,
     require_same_arguments,
-    slug,
     study_record,
 )
+from cmp_trainer.studies.running import Runner, slug
 from cmp_trainer.studies.statistics import summarize
 from cmp_trainer.studies.study import Metric, Study, make_tasks
 
 
+@dataclass
+class Options:
+    """The command's options, which are the keys of a study's file too."""
+
+    script: str = ""
+    arguments: list[str] = field(default_factory=list)
+    method: list[str] | Mapping[str, str | None] | None = None
+    task: list[str] | Mapping[str, str | None] | None = None
+    seeds: int = 5
+    metric: list[str] = field(default_factory=list)
+    learning_rates: list[str] = field(default_factory=list)
+    select: str = ""
+    select_seeds: int = 1
+    select_tasks: list[str] = field(default_factory=list)
+    output: str = ""
+    jobs: int = 1
+    launcher: str = ""
+    discard: bool = False
+
+    @classmethod
+    def read(cls, parsed: argparse.Namespace) -> "Options":
+        """Those of the command line, over those of the study's file.
+
+        Raises:
+            ValueError: the file cannot be read, or no script is named.
+        """
+        given = _read_study(parsed.study) if parsed.study else {}
+        names = {one.name for one in fields(cls)}
+        given |= {name: value for name, value in vars(parsed).items() if name in names and value is not None}
+        words = list(parsed.words)
+        if words and ("script" not in given or words[0].endswith(".py")):
+            given["script"] = words.pop(0)
+        options = cls(**given)
+        if not options.script:
+            raise ValueError("expected a script: cmp-trainer compare script.py …, or --study FILE that names one")
+        if options.script.startswith("-"):
+            raise ValueError(f"{options.script} came before the script's path: cmp-trainer compare script.py …")
+        if not Path(options.script).is_file():
+            raise ValueError(f"{options.script} is not a file; give the path of a Python script, then its arguments")
+        if not options.output:
+            raise ValueError("--output is missing; name a folder for the study")
+        if options.jobs < 1:
+            raise ValueError(f"--jobs {options.jobs}: expected 1 or more")
+        options.arguments += words
+        return options
+
+    def study(self) -> Study:
+        """What is to be run."""
+        study = Study(
+            script=self.script,
+            arguments=self.arguments,
+            methods=make_methods(self.method),
+            tasks=make_tasks(self.task),
+            num_seeds=self.seeds,
+            metrics=[Metric.parse(one) for one in self.metric],
+            learning_rates=self.learning_rates,
+            select=Metric.parse(self.select) if self.select else None,
+            select_seeds=self.select_seeds,
+            select_tasks=self.select_tasks,
+        )
+        for option, names in (("--method", [one.name for one in study.methods]), ("--task", list(study.tasks))):
+            if len({slug(name) for name in names}) < len(names):
+                raise ValueError(f"{option}: these names make the same folder, rename one: {', '.join(names)}")
+        return study
+
+    def runner(self, study: Study) -> Runner:
+        """How it is run."""
+        required = [metric.name for metric in study.metrics] + ([study.select.name] if study.select else [])
+        return Runner(self.script, Path(self.output), required, self.jobs, self.launcher, self.discard)
+
+
 @plain_errors()
-def run_compare(options: argparse.Namespace) -> None:
+def run_compare(parsed: argparse.Namespace) -> None:
     """Run what the study lacks, print its table, write its files.
 
     Raises:
         SystemExit: with one line that says what is wrong with the options; or with 1 where a run failed.
     """
     _require_packages()
-    settings = _settings(options)
-    study, folder = _study(settings), Path(settings["output"] or "")
-    if not settings["output"]:
-        raise ValueError("--output is missing; name a folder for the study")
-    runner = _runner(study, folder, settings)
-    failed = 0 if options.report else run_study(study, runner)
-    _report(study, folder)
+    options = Options.read(parsed)
+    study = options.study()
+    runner = options.runner(study)
+    if parsed.dry_run:
+        _show(study, runner)
+        return
+    failed = 0
+    if not parsed.report:
+        with runner.alone():
+            failed = run_study(study, runner)
+    _report(study, runner.folder)
     if failed:
         failures = "1 run" if failed == 1 else f"{failed} runs"
         print(f"{failures} failed and not in the table; run the same command again to retry", file=sys.stderr)
@@ -64,6 +141,17 @@ def run_study(study: Study, runner: Runner) -> int:
     require_same_arguments(read_records(folder), runs, study.script, folder)
     failed |= runner.run_all([run for run in runs if run not in failed], "runs")
     return len(failed)
+
+
+def _show(study: Study, runner: Runner) -> None:
+    """The command lines that are left, and start none of them."""
+    selection = study.selection_runs()
+    left = runner.left(selection)
+    runs = left or study.reported_runs(study.choose_rates(read_records(runner.folder)))
+    for run in runner.left(runs):
+        print(shlex.join(runner.command(run)))
+    if left:
+        print(f"then {len(study.reported_runs(dict.fromkeys(study.pairs())))} runs at the rates chosen")
 
 
 def _report(study: Study, folder: Path) -> None:
@@ -84,113 +172,66 @@ def _report(study: Study, folder: Path) -> None:
                 f"--metric {metric.name} was not reported by {lacking['method']}, seed {lacking['seed']}"
                 f"{known_metrics(metric.name, lacking['metrics'])}"
             )
+    notes = mixed_conditions(finished, study.script)
+    edges = study.at_edge(rates)
+    if edges:
+        notes.append(
+            f"{len(edges)} of {len(rates)} learning rates chosen are the lowest or the highest of --learning_rates: "
+            "a wider choice may be fairer."
+        )
     results = [row for metric in metrics for row in summarize(finished, metric, methods)]
-    markdown = report.as_markdown(results, metrics, methods[0], rates)
+    markdown = report.as_markdown(results, metrics, methods[0], rates, notes)
     files = report.write(folder, results, study_record(study), markdown)
     for metric in metrics:
         files.append(folder / f"{slug(metric.name)}.png")
         with written_whole(files[-1]) as file:
             report.plot(results, metric, methods[0]).savefig(file)
     print(report.as_text(results, metrics[0], methods[0], rates))
+    for note in notes:
+        print(note)
     print(f"written: {', '.join(str(file) for file in files)}")
 
 
-DEFAULTS: dict[str, Any] = {
-    "script": None,
-    "arguments": [],
-    "method": None,
-    "task": None,
-    "seeds": 5,
-    "metric": [],
-    "learning_rates": [],
-    "select": None,
-    "select_seeds": 1,
-    "select_tasks": [],
-    "output": None,
-    "jobs": 1,
-    "launcher": "",
-    "discard": False,
+class _TextLoader(yaml.SafeLoader):
+    """Scalars as the text that stands there, `1e-5` and `off` too; an empty one is None."""
+
+
+_TextLoader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of the command line, over those of the study's file, over the defaults."""
-    settings = DEFAULTS | (_read_study(options.study) if options.study else {})
-    given = {
-        name: value
-        for name, value in vars(options).items()
-        if name in DEFAULTS and value is not None and value is not False
-    }
-    words = list(options.words)
-    if words and settings["script"] is None:
-        given["script"] = words.pop(0)
-    settings |= given
-    if settings["script"] is None:
-        raise ValueError("expected a script: cmp-trainer compare script.py …, or --study FILE that names one")
-    settings["arguments"] = [*_words(settings["arguments"]), *words]
-    return settings
-
-
 def _read_study(path: str) -> dict[str, Any]:
+    """Options by name, of a YAML file."""
     if not Path(path).is_file():
         raise ValueError(f"--study {path} does not exist")
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        values, found = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # as text, `1e-5` as it stands
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), _TextLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"--study {path} cannot be read: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--study {path} must hold names and values, `seeds: 5`, one a line")
+    kinds = {one.name: list if one.default is MISSING else type(one.default) for one in fields(Options)}
     for name in found:
-        if name not in DEFAULTS:
-            raise ValueError(f"{path}: unknown key {name!r}{nearest(name, DEFAULTS)}")
-    for name in ("seeds", "select_seeds", "jobs"):
-        if name in found:
-            found[name] = int(found[name])
-    found["discard"] = str(found.get("discard", "false")).lower() == "true"
-    for name in ("metric", "learning_rates", "select_tasks"):
-        found[name] = found[name].split() if isinstance(found.get(name), str) else found.get(name, [])
-    for name in ("method", "task"):
-        if isinstance(found.get(name), str):
-            found[name] = [found[name]]
-        if isinstance(found.get(name), dict):
-            found[name] = {str(key): value for key, value in values[name].items()}  # `plain:` alone is None
-    return found
+        if name not in kinds:
+            raise ValueError(f"{path}: unknown key {name!r}{nearest(str(name), kinds)}")
+    return {name: _converted(path, name, value, kinds[name]) for name, value in found.items() if value is not None}
 
 
-def _study(settings: dict[str, Any]) -> Study:
-    return Study(
-        script=settings["script"],
-        arguments=settings["arguments"],
-        methods=make_methods(settings["method"]),
-        tasks=make_tasks(settings["task"]),
-        num_seeds=settings["seeds"],
-        metrics=[Metric.parse(one) for one in settings["metric"]],
-        learning_rates=settings["learning_rates"],
-        select=Metric.parse(settings["select"]) if settings["select"] else None,
-        select_seeds=settings["select_seeds"],
-        select_tasks=settings["select_tasks"],
-    )
-
-
-def _runner(study: Study, folder: Path, settings: dict[str, Any]) -> Runner:
-    if settings["jobs"] < 1:
-        raise ValueError(f"--jobs {settings['jobs']}: expected 1 or more")
-    if not Path(study.script).is_file():
-        raise ValueError(f"{study.script} is not a file; give the path of a Python script, then its arguments")
-    for option, names in (("--method", [one.name for one in study.methods]), ("--task", list(study.tasks))):
-        slugs = [slug(name) for name in names]
-        if len(set(slugs)) < len(slugs):
-            raise ValueError(f"{option}: these names make the same folder, rename one: {', '.join(names)}")
-    required = [metric.name for metric in study.metrics] + ([study.select.name] if study.select else [])
-    return Runner(study.script, folder, required, settings["jobs"], settings["launcher"], settings["discard"])
+def _converted(path: str, name: str, value: Any, kind: type) -> Any:
+    if kind is list:
+        return shlex.split(value) if isinstance(value, str) else [str(one) for one in value]
+    if name in ("method", "task"):
+        return [value] if isinstance(value, str) else value
+    try:
+        return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        expected = {int: "a whole number", bool: "true or false"}.get(kind, "text")
+        raise ValueError(f"{path}: {name}: expected {expected}, not {value!r}") from None
 
 
 def _require_packages() -> None:
     missing = [name for name in ("scipy", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ValueError(f"a comparison needs {', '.join(missing)}: pip install 'cmp-trainer[plot]'")
-
-
-def _words(arguments: Any) -> list[str]:
-    return shlex.split(arguments) if isinstance(arguments, str) else [str(one) for one in arguments]

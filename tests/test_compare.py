@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmp_trainer import cli
+from cmp_trainer.compare import Options
+from cmp_trainer.studies import report
 from cmp_trainer.studies.methods import BUILT_IN, DEFAULT, make_methods
-from cmp_trainer.studies.running import Runner, read_metrics, read_records
-from cmp_trainer.studies.statistics import interval, stratified_interval, summarize
+from cmp_trainer.studies.records import mixed_conditions, read_metrics, read_records, script_digest
+from cmp_trainer.studies.running import Runner
+from cmp_trainer.studies.statistics import interval, summarize
 from cmp_trainer.studies.study import Metric, Study, make_tasks
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -28,6 +34,10 @@ def compare(folder, *words, metric="test_accuracy", launcher=STUB, methods=PLAIN
     script = str(SCRIPTS / "train_somehow.py")
     options = [*methods, "--metric", *metric.split(), "--output", str(folder), "--launcher", launcher]
     cli.main(["compare", script, *words, *options])
+
+
+def options_of(*words):
+    return Options.read(cli._parsed_compare(["compare", *words]))
 
 
 def results(folder):
@@ -150,11 +160,54 @@ def test_one_learning_rate_for_all_tasks_is_chosen_on_those_named():
     assert one.choose_rates(finished_selection(one))["b", "ours"] == "1e-3"
 
 
-def test_a_learning_rate_counts_where_all_of_its_runs_have_finished():
+def test_no_learning_rate_is_chosen_while_a_run_of_any_of_them_is_missing():
     one = rated_study(select_seeds=2)
-    records = [each for each in finished_selection(one) if (each["seed"], each["learning_rate"]) != (1, "1e-5")]
-    rates = one.choose_rates(records)
-    assert rates["a", "plain"] == "1e-4"  # of two that are equal, the lower one
+    records = finished_selection(one)
+    missing = next(each for each in records if (each["task"], each["method"], each["seed"]) == ("a", "plain", 1))
+    rates = one.choose_rates([each for each in records if each is not missing])
+    assert ("a", "plain") not in rates
+    assert len(rates) == 3
+    assert not [run for run in one.reported_runs(rates) if (run.task, run.method) == ("a", "plain")]
+
+
+def test_a_learning_rate_at_which_a_run_diverged_is_not_chosen():
+    one = rated_study()
+    records = finished_selection(one)
+    for each in records:
+        if each["metrics"]["eval_loss"] == 0.1:
+            each["metrics"]["eval_loss"] = None
+    assert one.choose_rates(records)["a", "plain"] == "1e-4"  # of two that are equal, the lower one
+
+
+def test_rates_at_the_edge_of_three_or_more_are_counted():
+    one = rated_study()
+    assert one.at_edge(one.choose_rates(finished_selection(one))) == [("a", "plain"), ("a", "ours"), ("b", "plain")]
+    two = rated_study(learning_rates=["1e-5", "1e-4"])
+    assert two.at_edge({("a", "plain"): "1e-5"}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"arguments": ["--seed", "3"]},
+            "--seed cannot be an argument of a study: every run has its own",
+        ),
+        ({"arguments": ["--output-dir=x"]}, "--output-dir cannot be an argument of a study: every run has its own"),
+        ({"tasks": make_tasks(["a=--one -- 1"])}, "-- cannot be among the arguments"),
+        (
+            {
+                "methods": make_methods(["plain", "ours=--learning_rate 1"]),
+                "learning_rates": ["1", "2"],
+                "select": Metric.parse("eval_loss"),
+            },
+            "--learning_rate cannot be an argument of a study: it is chosen from --learning_rates",
+        ),
+    ],
+)
+def test_arguments_that_are_set_for_each_run_are_rejected(changes, message):
+    with pytest.raises(ValueError, match=message):
+        study(**changes)
 
 
 def test_runs_of_the_selection_at_the_chosen_rate_are_not_run_again():
@@ -175,32 +228,67 @@ def test_the_interval_of_paired_differences_is_students():
 
 def test_one_pair_has_no_interval():
     assert all(map(math.isnan, interval([0.1])))
-    assert all(map(math.isnan, stratified_interval([np.array([0.1]), np.array([0.1, 0.2])])))
+    assert all(map(math.isnan, interval([0.1], [0.1, 0.2])))
 
 
 def test_equal_differences_have_no_interval_of_width_zero():
     assert all(map(math.isnan, interval([0.0025, 0.0025])))
-    assert all(map(math.isnan, stratified_interval([np.array([0.0025, 0.0025])])))
     assert interval([0.0, 0.0]) == (0.0, 0.0)
 
 
-def test_the_bootstrap_draws_seeds_within_tasks():
-    """Tasks that differ in level but not within have no spread; drawing runs over all tasks would give one."""
-    samples = [np.array([0.10, 0.10, 0.101]), np.array([-0.10, -0.10, -0.101])]
-    low, high = stratified_interval(samples)
-    assert -0.001 < low <= 0 <= high < 0.001
+def test_levels_of_tasks_add_nothing_to_the_interval():
+    """Tasks that differ in level but hardly within: an interval over all runs would reach from -0.1 to 0.1."""
+    low, high = interval([0.10, 0.10, 0.101], [-0.10, -0.10, -0.101])
+    assert -0.002 < low <= 0 <= high < 0.002
 
 
-def test_tasks_weigh_the_same_in_the_bootstrap():
-    low, high = stratified_interval([np.array([0.1, 0.1, 0.1, 0.101]), np.array([0.3, 0.301])])
-    assert 0.2 <= low <= high < 0.202
+def test_tasks_weigh_the_same_in_the_interval():
+    low, high = interval([0.1, 0.1, 0.1, 0.101], [0.3, 0.3, 0.301])
+    assert 0.199 <= low <= 0.2003 <= high < 0.202
 
 
-@given(st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=4), min_size=1, max_size=3))
-def test_the_bootstrap_interval_lies_within_what_was_seen(samples):
-    low, high = stratified_interval([np.array(one) for one in samples])
-    assert math.isnan(low) or low >= np.mean([min(one) for one in samples]) - 1e-9
-    assert math.isnan(high) or high <= np.mean([max(one) for one in samples]) + 1e-9
+def test_with_equal_variances_it_has_the_degrees_of_freedom_of_all_tasks():
+    """Two tasks of three seeds: t of 4 degrees of freedom, 2.7764 in tables."""
+    low, high = interval([-1.0, 0.0, 1.0], [9.0, 10.0, 11.0])
+    assert (high - low) / 2 == pytest.approx(2.7764 * math.sqrt(1 / 3 + 1 / 3) / 2, abs=1e-4)
+
+
+def test_the_interval_holds_the_mean_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    spreads = np.array([0.3, 0.6, 1.2, 2.0])
+    held = 0
+    for _ in range(600):
+        low, high = interval(*(draw.normal(0, 1, (4, 3)) * spreads[:, None]))
+        held += low <= 0 <= high
+    assert 0.93 < held / 600 < 0.99  # a bootstrap stratified by task: 0.82
+
+
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=4), min_size=1, max_size=3), st.floats(-2, 2))
+def test_the_interval_lies_around_the_mean_and_moves_with_it(samples, shift):
+    low, high = interval(*samples)
+    mean = np.mean([np.mean(one) for one in samples])
+    assert math.isnan(low) or low - 1e-9 <= mean <= high + 1e-9
+    moved = interval(*(np.array(one) + shift for one in samples))
+    assert math.isnan(low) or math.isnan(moved[0]) or moved == pytest.approx((low + shift, high + shift), abs=1e-6)
+
+
+def test_diverged_runs_are_counted_and_leave_the_other_pairs():
+    plain = [record(seed=seed, loss=value) for seed, value in enumerate([1.0, 2.0, None])]
+    ours = [record(method="ours", seed=seed, loss=value) for seed, value in enumerate([None, 1.5, 2.0])]
+    never = [record(method="never", seed=seed, loss=None) for seed in range(3)]
+    rows = summarize(plain + ours + never, Metric.parse("loss"), ["plain", "ours", "never"])
+    assert [(row.runs, row.diverged, row.pairs) for row in rows] == [(3, 1, 2), (3, 1, 1), (3, 3, 0)]
+    assert rows[1].difference == -0.5
+    shown = report.readable(rows, "plain", {})
+    assert list(shown["diverged"]) == [1, 1, 3]
+    assert shown["loss"][2] == "none finite"
+
+
+def test_a_method_that_lacks_tasks_is_shown_with_their_number():
+    records = [record(task, method, seed, acc=0.1) for task in "ab" for method in ("plain", "ours") for seed in (0, 1)]
+    rows = summarize(records[:-2], Metric.parse("acc"), ["plain", "ours"])
+    overall = [row for row in rows if row.task == "all tasks"]
+    assert list(report.readable(overall, "plain", {})["tasks"]) == [2, 1]
 
 
 def test_differences_are_of_the_same_seed_and_only_of_seeds_that_both_have():
@@ -214,7 +302,10 @@ def test_differences_are_of_the_same_seed_and_only_of_seeds_that_both_have():
     assert row.times == 3.0
 
 
-@pytest.mark.parametrize(("name", "wins"), [("accuracy", 0), ("loss", 1), ("ece:lower", 1), ("loss:higher", 0)])
+@pytest.mark.parametrize(
+    ("name", "wins"),
+    [("accuracy", 0), ("loss", 1), ("ece", 1), ("test_WER", 1), ("closs", 0), ("f1:lower", 1), ("loss:higher", 0)],
+)
 def test_wins_count_in_the_direction_of_the_metric(name, wins):
     metric = Metric.parse(name)
     records = [record(**{metric.name: 1.0}), record(method="ours", **{metric.name: 0.5})]
@@ -240,7 +331,8 @@ def test_a_study_ends_in_tables_numbers_and_a_plot(tmp_path, capsys):
     assert "+0.0500" in shown
     assert "3 of 3" in shown
     assert "2.00" in shown  # times plain's time
-    assert {file.name for file in tmp_path.iterdir()} == {
+    written = {file.name for file in tmp_path.iterdir()} - {".lock"}
+    assert written == {
         *("runs.jsonl", "runs", "results.csv", "results.json", "results.md", "test_accuracy.png", "test_loss.png")
     }
     ours = next(row for row in results(tmp_path) if row["method"] == "ours")
@@ -320,10 +412,16 @@ def test_tasks_with_the_same_arguments_are_rejected():
 
 def test_jobs_run_side_by_side_with_the_threads_divided(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    compare(tmp_path, "--seeds", "2", "--jobs", "4")
-    threads = [file.read_text().splitlines()[-1] for file in tmp_path.glob("runs/*/seed_*/command.txt")]
-    assert threads == ["2"] * 4
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    assert Runner("train.py", tmp_path, [], jobs=4).environment()["OMP_NUM_THREADS"] == "2"
+    assert Runner("train.py", tmp_path, [], jobs=9).environment()["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in Runner("train.py", tmp_path, [], launcher="srun").environment()
+
+
+def test_threads_that_are_set_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    compare(tmp_path, "--seeds", "1", "--jobs", "2")
+    assert {one["threads"] for one in read_records(tmp_path)} == {"4,2"}
 
 
 def test_discard_deletes_the_folders_of_finished_runs_and_keeps_their_logs(tmp_path):
@@ -338,6 +436,7 @@ def test_discard_deletes_the_folders_of_finished_runs_and_keeps_their_logs(tmp_p
         ("srun -n 1", ["srun", "-n", "1", sys.executable, "-m", "cmp_trainer.controls", "train.py"]),
         ("accelerate launch --num_processes 2", ["accelerate", "launch", "--num_processes", "2", "-m"]),
         ("/opt/bin/torchrun --nproc_per_node 2", ["/opt/bin/torchrun", "--nproc_per_node", "2", "-m"]),
+        ("deepspeed --num_gpus 2", ["deepspeed", "--num_gpus", "2", "--module", "cmp_trainer.controls"]),
     ],
 )
 def test_a_launcher_comes_before_each_run(launcher, start, tmp_path):
@@ -386,6 +485,11 @@ def test_a_study_is_described_in_a_file_and_the_command_line_overrides_it(tmp_pa
     [
         (["train.py", "--metric", "x", "--output", "y"], "train.py is not a file"),
         (["--metric", "x", "--output", "y"], "expected a script"),
+        (["--fp16", "train.py", "--metric", "x", "--output", "y"], "--fp16 came before the script's path"),
+        (
+            [str(SCRIPTS / "report_metrics.py"), "--metric", "x", "--output", "y", "--jobs", "0"],
+            "--jobs 0: expected 1",
+        ),
         ([str(SCRIPTS / "report_metrics.py"), "--metric", "x"], "--output is missing"),
         ([str(SCRIPTS / "report_metrics.py"), "--output", "y"], "--metric is missing"),
         (["--study", "none.yaml"], "--study none.yaml does not exist"),
@@ -412,6 +516,104 @@ def test_metrics_are_read_from_the_trainers_log_where_a_script_saves_none(tmp_pa
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
     assert read_metrics(tmp_path) == {"eval_loss": 0.5, "epoch": 1, "train_runtime": 3.0}
+
+
+def test_numbers_that_are_not_finite_are_recorded_as_none(tmp_path):
+    (tmp_path / "all_results.json").write_text('{"eval_loss": NaN, "eval_accuracy": 0.5}')
+    assert read_metrics(tmp_path) == {"eval_loss": None, "eval_accuracy": 0.5}
+
+
+def test_names_and_empty_values_of_a_study_are_taken_as_they_stand(tmp_path):
+    file = tmp_path / "study.yaml"
+    script = SCRIPTS / "report_metrics.py"
+    file.write_text(
+        f"script: {script}\nmethod: {{plain: , off: --better 1e-1, no: --x}}\nseeds:\nlearning_rates: 1e-5 3e-5\n"
+        f"select: eval_loss\nmetric: [test_f1]\noutput: out\ndiscard: true\n"
+    )
+    options = options_of("--study", str(file))
+    assert [(one.name, one.arguments) for one in options.study().methods] == [
+        *[("plain", ""), ("off", "--better 1e-1"), ("no", "--x")]
+    ]
+    assert (options.seeds, options.learning_rates, options.discard) == (5, ["1e-5", "3e-5"], True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seeds: many", "seeds: expected a whole number, not 'many'"),
+        ("discard: perhaps", "discard: expected true or false, not 'perhaps'"),
+        ("jobs: [1]", "jobs: expected a whole number"),
+        ("- seeds", "must hold names and values"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_named(line, message, tmp_path):
+    (tmp_path / "study.yaml").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        options_of("--study", str(tmp_path / "study.yaml"))
+
+
+def test_a_script_on_the_command_line_takes_the_place_of_the_studys(tmp_path):
+    (tmp_path / "study.yaml").write_text("script: other.py\narguments: --one 1\noutput: out\n")
+    script = str(SCRIPTS / "report_metrics.py")
+    options = options_of("--study", str(tmp_path / "study.yaml"), script, "--two", "2")
+    assert (options.script, options.arguments) == (script, ["--one", "1", "--two", "2"])
+
+
+def test_a_dry_run_shows_the_command_lines_and_starts_none(tmp_path, capsys):
+    compare(tmp_path, "--seeds", "2", "--dry_run")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all("cmp_trainer.controls" in line for line in lines)
+    assert not read_records(tmp_path)
+    compare(tmp_path, "--seeds", "2", "--dry_run", "--learning_rates", "1", "2", "--select", "eval_accuracy")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 2 + 1
+    assert lines[-1] == "then 4 runs at the rates chosen"
+
+
+def test_a_study_is_run_by_one_process_at_a_time(tmp_path, capsys):
+    with Runner("train.py", tmp_path, []).alone(), pytest.raises(SystemExit):
+        compare(tmp_path, "--seeds", "1")
+    assert "another cmp-trainer compare is running in" in capsys.readouterr().err
+    compare(tmp_path, "--seeds", "1")
+    with Runner("train.py", tmp_path, []).alone():
+        compare(tmp_path, "--seeds", "1", "--report")  # which only reads
+
+
+def test_runs_of_an_earlier_script_and_times_that_do_not_compare_are_told(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("1\n")
+    same = record() | {"script_sha256": script_digest(str(script)), "jobs": 2, "threads": "1"}
+    assert mixed_conditions([same, same], str(script)) == []
+    found = mixed_conditions([same, same | {"script_sha256": "other"}, same | {"jobs": 1}], str(script))
+    assert found[0].startswith("1 of 3 runs were made by another version")
+    assert "jobs x threads: 1 x 1, 2 x 1" in found[1]
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_study_that_is_stopped_takes_its_runs_with_it(number, tmp_path):
+    """Also what a run has started itself, as a launcher does."""
+    script = tmp_path / "sleeps.py"
+    script.write_text("")
+    launcher = f"bash -c 'sleep 600 & echo $! > {tmp_path}/pid; wait' --"
+    words = ["compare", str(script), "--method", "plain", "--metric", "x", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "cmp_trainer.cli", *words, "--launcher", launcher]
+    study = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=interruptible)
+    until = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    study.send_signal(number)
+    assert study.wait(60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not read_records(tmp_path / "out")
+
+
+def interruptible():
+    """As in a terminal; what a shell runs in the background ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.xdist_group("processes")

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, Trainer
 
-from cmp_trainer.compare import _read_study, _settings, _study
+from cmp_trainer import cli
+from cmp_trainer.compare import Options
 from cmp_trainer.run import run_script
 from tests.helpers import SMALL, batch_of, letter_tokenizer, tiny_bert, token_data
 
@@ -22,7 +23,7 @@ def study_modules(monkeypatch):
     """The modules beside the study's script."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("noise", "own_ablations", "train_classifier", "train_with_distractors"):
+    for name in ("noise", "own_ablations", "parts", "train_classifier", "train_with_distractors"):
         sys.modules.pop(name, None)
 
 
@@ -143,9 +144,9 @@ def test_configs_describe_studies_whose_arguments_exist(file, study_modules):
     from cmp_trainer.controls import make_parser
     from cmp_trainer.run import split_arguments
 
-    options = type("Options", (), {"study": str(file), "words": [], "report": False})()
-    study = _study(_settings(options))
-    assert _read_study(str(file))["output"] == f"examples/study/results/{file.stem}"
+    options = Options.read(cli._parsed_compare(["compare", "--study", str(file)]))
+    study = options.study()
+    assert options.output == f"examples/study/results/{file.stem}"
     if not study.script.endswith("train_classifier.py"):
         return
     parser = HfArgumentParser((train_classifier.StudyArguments, TrainingArguments))

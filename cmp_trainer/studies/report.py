@@ -33,16 +33,23 @@ def readable(rows: Sequence[Summary], first: str, rates: Rates) -> pd.DataFrame:
     shown[f"difference to {first}"] = ["" if row.method == first else _with_interval(row) for row in rows]
     shown["better"] = ["" if row.method == first else f"{row.wins} of {row.pairs}" for row in rows]
     shown["runs"] = [row.runs for row in rows]
+    if len({row.tasks for row in rows}) > 1:
+        shown["tasks"] = [row.tasks for row in rows]
+    if any(row.diverged for row in rows):
+        shown["diverged"] = [row.diverged for row in rows]
     shown["seconds"] = [f"{row.seconds:,.0f}" for row in rows]
     shown[f"x {first}"] = ["" if math.isnan(row.times) else f"{row.times:.2f}" for row in rows]
     return shown
 
 
-def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], first: str, rates: Rates) -> str:
-    """All tables, each with a heading, and how to read them."""
+def as_markdown(
+    results: Sequence[Summary], metrics: Sequence[Metric], first: str, rates: Rates, notes: Sequence[str] = ()
+) -> str:
+    """All tables, each with a heading, how to read them, and what else has to be known."""
     parts = [
         f"Differences are to {first}, over pairs of runs with the same seed, with a 95 % interval; `better` counts "
-        "the pairs in which a method is better. Seconds are the median of a training."
+        "the pairs in which a method is better. Seconds are the median of a training.",
+        *notes,
     ]
     for metric in metrics:
         direction = "higher" if metric.greater_is_better else "lower"
@@ -149,6 +156,8 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _with_spread(row: Summary) -> str:
+    if math.isnan(row.mean):
+        return "none finite"
     return f"{row.mean:.4f}" + ("" if math.isnan(row.std) else f" ± {row.std:.4f}")
 
 

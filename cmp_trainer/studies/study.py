@@ -6,6 +6,7 @@ only the runs at that rate are reported, by a metric of another split.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,19 @@ from typing import Any
 
 from cmp_trainer.studies.methods import Method, require_distinct
 
+LOWER_IS_BETTER = ("loss", "error", "ece", "perplexity", "wer", "cer", "mse", "rmse", "mae", "runtime")
+SET_FOR_EACH_RUN = {
+    "--seed": "every run has its own; say how many with --seeds",
+    "--output_dir": "every run has its own, in --output",
+}
+
 
 @dataclass(frozen=True)
 class Metric:
     """A number that runs report, such as `eval_accuracy`, and whether more of it is better.
 
-    Losses are better where they are lower, everything else where it is higher, unless `:lower` or `:higher` says so.
+    Lower is better where the last part of the name is a loss or an error (`LOWER_IS_BETTER`), else higher, unless
+    `:lower` or `:higher` says so.
     """
 
     name: str
@@ -31,7 +39,11 @@ class Metric:
         name, separator, direction = text.partition(":")
         if separator and direction not in ("lower", "higher"):
             raise ValueError(f"--metric {text}: after the colon expected lower or higher, whichever is better")
-        return cls(name, direction == "higher" if separator else not name.endswith("loss"))
+        last = name.rpartition("_")[2].lower()
+        return cls(name, direction == "higher" if separator else last not in LOWER_IS_BETTER)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{'higher' if self.greater_is_better else 'lower'}"
 
     @property
     def split(self) -> str:
@@ -102,9 +114,23 @@ class Study:
         if self.num_seeds < 1:
             raise ValueError(f"--seeds {self.num_seeds}: expected 1 or more")
         require_distinct("--method", [method.name for method in self.methods])
+        self._check_arguments()
         self._check_tasks()
         require_distinct("--metric", [metric.name for metric in self.metrics])
         self._check_selection()
+
+    def _check_arguments(self) -> None:
+        taken = dict(SET_FOR_EACH_RUN)
+        if self.learning_rates:
+            taken["--learning_rate"] = "it is chosen from --learning_rates"
+        of_methods = [word for method in self.methods for word in method.words]
+        of_tasks = [word for words in self.tasks.values() for word in words]
+        for word in (*self.arguments, *of_tasks, *of_methods):
+            name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+            if name in taken:
+                raise ValueError(f"{word.partition('=')[0]} cannot be an argument of a study: {taken[name]}")
+            if word == "--":
+                raise ValueError("-- cannot be among the arguments of a study; leave it out")
 
     def _check_tasks(self) -> None:
         seen: dict[tuple[str, ...], str] = {}
@@ -140,6 +166,10 @@ class Study:
             if "--test_file" in files and files["--test_file"] == files.get("--validation_file"):
                 raise ValueError(f"--test_file and --validation_file are both {files['--test_file']}; use two files")
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every (task, method)."""
+        return [(task, method.name) for task in self.tasks for method in self.methods]
+
     def selection_runs(self) -> list[Run]:
         """What a learning rate is chosen from; seed by seed, so that a study that is cut short is balanced."""
         return [
@@ -163,28 +193,42 @@ class Study:
     def choose_rates(self, finished: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str | None]:
         """The learning rate of each (task, method): the one with the best mean of the selecting metric.
 
+        A rate at which a run diverged is the worst. There is none yet where runs are missing.
+
         Args:
-            finished: records of runs. A rate counts where all of its runs are there.
+            finished: records of runs.
         """
         if self.select is None:
-            return {(task, method.name): None for task in self.tasks for method in self.methods}
+            return dict.fromkeys(self.pairs())
         values = {
             (one["task"], one["method"], one["learning_rate"], one["seed"]): one["metrics"].get(self.select.name)
             for one in finished
         }
         rates: dict[tuple[str, str], str | None] = {}
         for task in self.tasks:
-            chosen_on = self.select_tasks or [task]
             for method in self.methods:
-                means = {}
-                for rate in self.learning_rates:
-                    keys = [(on, method.name, rate, seed) for on in chosen_on for seed in range(self.select_seeds)]
-                    found = [values[key] for key in keys if values.get(key) is not None]
-                    if len(found) == len(keys):
-                        means[rate] = self.select.sign * sum(found) / len(found)
-                if means:
+                keys = {rate: self._chosen_from(task, method, rate) for rate in self.learning_rates}
+                if all(key in values for of_rate in keys.values() for key in of_rate):
+                    means = {rate: self._goodness([values[key] for key in keys[rate]]) for rate in keys}
                     rates[task, method.name] = max(means, key=means.__getitem__)
         return rates
+
+    def _chosen_from(self, task: str, method: Method, rate: str) -> list[tuple[str, str, str | None, int]]:
+        return [
+            (on, method.name, rate, seed) for on in self.select_tasks or [task] for seed in range(self.select_seeds)
+        ]
+
+    def _goodness(self, values: Sequence[float | None]) -> float:
+        finite = [value for value in values if value is not None]
+        assert self.select is not None
+        return self.select.sign * sum(finite) / len(finite) if len(finite) == len(values) else -math.inf
+
+    def at_edge(self, rates: Mapping[tuple[str, str], str | None]) -> list[tuple[str, str]]:
+        """The (task, method) whose rate is the lowest or the highest of three or more: beyond may lie a better one."""
+        if len(self.learning_rates) < 3:
+            return []
+        ordered = sorted(self.learning_rates, key=float)
+        return [key for key, rate in rates.items() if rate in (ordered[0], ordered[-1])]
 
     def _run(self, task: str, method: Method, rate: str | None, seed: int) -> Run:
         return Run(task, method.name, rate, seed, tuple(self._words(task, method, rate, seed)))

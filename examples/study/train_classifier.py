@@ -7,8 +7,8 @@ An ordinary script for the Trainer, which knows nothing of comparative loss: `cm
 method of the study. Training and validation rows are drawn from the training file by --seed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from noise import NOISES
+from parts import without_layers, without_units
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
@@ -151,28 +152,14 @@ def tested_without_parts(trainer: Any, dataset: Dataset, draws: int = 2) -> dict
     return found
 
 
-@contextmanager
-def without(model: Any, part: str, amount: float, generator: torch.Generator) -> Iterator[None]:
+def without(model: Any, part: str, amount: float, generator: torch.Generator) -> AbstractContextManager[None]:
     """In the body, parts of a BERT are taken away: `amount` is a share of each layer, or a number of layers."""
-    layers = model.base_model.encoder.layer
-    with ExitStack() as stack:
-        if part == "layers":
-            for number in torch.randperm(len(layers), generator=generator)[: int(amount)].tolist():
-                hook = layers[number].register_forward_hook(lambda module, args, output: args[0])
-                stack.callback(hook.remove)
-            yield
-            return
-        for layer in layers:
-            reader = layer.attention.output.dense if part == "heads" else layer.output.dense
-            groups = model.config.num_attention_heads if part == "heads" else reader.in_features
-            kept = torch.ones(groups, 1)
-            kept[torch.randperm(groups, generator=generator)[: round(amount * groups)]] = 0
-
-            def zeroed(module: Any, args: tuple, kept: torch.Tensor = kept) -> Any:
-                return (args[0].unflatten(-1, (len(kept), -1)) * kept.to(args[0])).flatten(-2)
-
-            stack.callback(reader.register_forward_pre_hook(zeroed).remove)
-        yield
+    if part == "layers":
+        layers = len(model.base_model.encoder.layer)
+        return without_layers(model, torch.randperm(layers, generator=generator)[: int(amount)].tolist())
+    return without_units(
+        model, part, lambda units: torch.randperm(units, generator=generator)[: round(amount * units)]
+    )
 
 
 if __name__ == "__main__":
