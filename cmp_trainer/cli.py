@@ -104,7 +104,7 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    from cmp_trainer.run import run_script
+    from cmp_trainer.run import leave_process_group, run_script
 
     given = {name: value for name, value in vars(parsed).items() if name.startswith("cmp_")}
     try:
@@ -112,17 +112,9 @@ def _run(parsed: argparse.Namespace) -> None:
             run_script(parsed.script, parsed.arguments, given)
     except SystemExit as stop:
         if stop.code in (None, 0):
-            _leave_process_group()
+            leave_process_group()
         raise
-    _leave_process_group()
-
-
-def _leave_process_group() -> None:
-    """Otherwise its threads may abort a process that ends before them."""
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    leave_process_group()
 
 
 def _add_curve(commands: argparse._SubParsersAction) -> None:
@@ -167,7 +159,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser(
         "compare",
-        help="run a script by several methods and seeds, and compare",
+        help="run a script with several methods and seeds, and compare",
         usage="cmp-trainer compare script.py [the script's own arguments …] --metric NAME --output FOLDER [options]",
         description="Run a Hugging Face script several times, methods x seeds, each run as a process of its own, and "
         "write a table, its numbers and a plot: which method is better, by how much, and at what cost. What has "
@@ -182,9 +174,10 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--method",
         action="append",
         metavar="NAME[=ARGS]",
-        help="a built-in method, `all` of them, or a name and its arguments; repeat it. The first one is what the "
-        f"others are compared with. Default: {', '.join(DEFAULT)}. Built in: {', '.join(BUILT_IN)}",
+        help="a built-in method, `all` of them, or a name and its arguments; repeat it. "
+        f"Default: {', '.join(DEFAULT)}. Built in: {', '.join(BUILT_IN)}",
     )
+    add("--against", nargs="+", metavar="NAME", help="methods that the others are compared with; default: the first")
     add("--task", action="append", metavar="NAME=ARGS", help="a task and its arguments; repeat it for several")
     add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 5)")
     add(
@@ -195,14 +188,15 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         help="what runs report; lower is better for losses and errors, else higher; add :lower or :higher to set it",
     )
     add("--learning_rates", nargs="+", metavar="RATE", help="rates to choose from, for each method")
-    add("--select", metavar="NAME", help="metric of a validation split that a learning rate is chosen by")
+    add("--select", metavar="NAME", help="validation metric by which a learning rate is chosen")
     add("--select_seeds", type=int, metavar="N", help="choose it with the first N seeds (default: 1)")
     add("--select_tasks", nargs="+", metavar="TASK", help="choose one rate for all tasks on these; default: for each")
     add("--output", metavar="FOLDER", help="where records, logs and results go")
     add("--jobs", type=int, metavar="N", help="runs side by side, with the threads divided (default: 1)")
     add("--launcher", metavar="COMMAND", help="command before each run, such as srun or 'accelerate launch'")
-    add("--dry_run", action="store_true", help="run nothing; print the command lines that would be run")
-    add("--report", action="store_true", help="run nothing; report what has finished so far")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--dry_run", action="store_true", help="run nothing; print the command lines that would be run")
+    instead("--report", action="store_true", help="run nothing; report what has finished so far")
     add(
         "--discard",
         action="store_true",

@@ -9,7 +9,7 @@ studies/ has its parts: methods, the study, how its runs are started and recorde
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,16 +23,15 @@ from cmp_trainer.scripting import plain_errors
 from cmp_trainer.studies import report
 from cmp_trainer.studies.methods import make_methods
 from cmp_trainer.studies.records import (
-    known_metrics,
     mixed_conditions,
     read_records,
-    record_key,
+    require_metrics,
     require_same_arguments,
     study_record,
 )
 from cmp_trainer.studies.running import Runner, slug
 from cmp_trainer.studies.statistics import summarize
-from cmp_trainer.studies.study import Metric, Study, make_tasks
+from cmp_trainer.studies.study import Metric, Run, Study, make_tasks, record_key
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Options:
     arguments: list[str] = field(default_factory=list)
     method: list[str] | Mapping[str, str | None] | None = None
     task: list[str] | Mapping[str, str | None] | None = None
+    against: list[str] = field(default_factory=list)
     seeds: int = 5
     metric: list[str] = field(default_factory=list)
     learning_rates: list[str] = field(default_factory=list)
@@ -90,6 +90,7 @@ class Options:
             tasks=make_tasks(self.task),
             num_seeds=self.seeds,
             metrics=[Metric.parse(one) for one in self.metric],
+            against=self.against,
             learning_rates=self.learning_rates,
             select=Metric.parse(self.select) if self.select else None,
             select_seeds=self.select_seeds,
@@ -102,7 +103,7 @@ class Options:
 
     def runner(self, study: Study) -> Runner:
         """How it is run."""
-        required = [metric.name for metric in study.metrics] + ([study.select.name] if study.select else [])
+        required = [*study.metrics, *([study.select] if study.select else [])]
         return Runner(self.script, Path(self.output), required, self.jobs, self.launcher, self.discard)
 
 
@@ -118,75 +119,94 @@ def run_compare(parsed: argparse.Namespace) -> None:
     study = options.study()
     runner = options.runner(study)
     if parsed.dry_run:
-        _show(study, runner)
+        _print_commands(study, runner)
         return
     failed = 0
     if not parsed.report:
-        with runner.alone():
+        with runner.exclusive():
             failed = run_study(study, runner)
     _report(study, runner.folder)
     if failed:
         failures = "1 run" if failed == 1 else f"{failed} runs"
-        print(f"{failures} failed and not in the table; run the same command again to retry", file=sys.stderr)
+        print(f"{failures} failed; remove the cause and run the same command again to retry", file=sys.stderr)
         raise SystemExit(1)
 
 
 def run_study(study: Study, runner: Runner) -> int:
     """Run what is not recorded yet, first what learning rates are chosen from; the number of failures."""
-    folder = runner.folder
     selection = study.selection_runs()
-    require_same_arguments(read_records(folder), selection, study.script, folder)
+    _checked_records(study, runner.folder, selection)
     failed = runner.run_all(selection, "learning rates") if selection else {}
-    runs = study.reported_runs(study.choose_rates(read_records(folder)))
-    require_same_arguments(read_records(folder), runs, study.script, folder)
+    runs = study.reported_runs(study.choose_rates(read_records(runner.folder)))
+    _checked_records(study, runner.folder, runs)
     failed |= runner.run_all([run for run in runs if run not in failed], "runs")
     return len(failed)
 
 
-def _show(study: Study, runner: Runner) -> None:
-    """The command lines that are left, and start none of them."""
+def _checked_records(study: Study, folder: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The records of these runs.
+
+    Raises:
+        ValueError: one was made with other arguments, or lacks a metric of the study.
+    """
+    records = read_records(folder)
+    require_same_arguments(records, runs, study.script, folder)
+    keys = {run.key for run in runs}
+    records = [one for one in records if record_key(one) in keys]
+    require_metrics(records, [*study.metrics, *([study.select] if study.select else [])])
+    return records
+
+
+def _print_commands(study: Study, runner: Runner) -> None:
     selection = study.selection_runs()
-    left = runner.left(selection)
-    runs = left or study.reported_runs(study.choose_rates(read_records(runner.folder)))
-    for run in runner.left(runs):
+    selected = _checked_records(study, runner.folder, selection)
+    runs = runner.unfinished(selection)
+    if not runs:
+        reported = study.reported_runs(study.choose_rates(selected))
+        _checked_records(study, runner.folder, reported)
+        runs = runner.unfinished(reported)
+    for run in runs:
         print(shlex.join(runner.command(run)))
-    if left:
-        print(f"then {len(study.reported_runs(dict.fromkeys(study.pairs())))} runs at the rates chosen")
+    if selection and len(selected) < len(selection):
+        of_selection = len(selection) // len(study.learning_rates)  # at the rate chosen, they are reported too
+        number = len(study.pairs()) * study.num_seeds - of_selection
+        print(f"then {number} runs at the rates chosen", file=sys.stderr)
 
 
 def _report(study: Study, folder: Path) -> None:
-    records = read_records(folder)
-    rates = study.choose_rates(records)
-    runs = study.reported_runs(rates)
-    require_same_arguments(records, [*study.selection_runs(), *runs], study.script, folder)
-    reported = {run.key for run in runs}
-    finished = [one for one in records if record_key(one) in reported]
-    methods, metrics = [method.name for method in study.methods], list(study.metrics)
+    selected = _checked_records(study, folder, study.selection_runs())
+    rates = study.choose_rates(selected)
+    finished = _checked_records(study, folder, study.reported_runs(rates))
     if not finished:
-        print("no run has finished, so there is nothing to compare", file=sys.stderr)
+        why = "no learning rate could be chosen yet" if selected and not rates else "no run has finished"
+        print(f"{why}, so there is nothing to compare", file=sys.stderr)
         raise SystemExit(1)
-    for metric in metrics:
-        lacking = next((one for one in finished if metric.name not in one["metrics"]), None)
-        if lacking is not None:
-            raise ValueError(
-                f"--metric {metric.name} was not reported by {lacking['method']}, seed {lacking['seed']}"
-                f"{known_metrics(metric.name, lacking['metrics'])}"
-            )
     notes = mixed_conditions(finished, study.script)
+    without_rate = [pair for pair in study.pairs() if pair not in rates]
+    if without_rate:
+        shown = "; ".join(", ".join(part for part in pair if part) for pair in without_rate)
+        notes.append(f"No learning rate is chosen, as runs are missing or diverged at every rate: {shown}.")
     edges = study.at_edge(rates)
     if edges:
         notes.append(
             f"{len(edges)} of {len(rates)} learning rates chosen are the lowest or the highest of --learning_rates: "
             "a wider choice may be fairer."
         )
-    results = [row for metric in metrics for row in summarize(finished, metric, methods)]
-    markdown = report.as_markdown(results, metrics, methods[0], rates, notes)
-    files = report.write(folder, results, study_record(study), markdown)
+    methods, metrics = [method.name for method in study.methods], list(study.metrics)
+    results = [
+        row
+        for metric in metrics
+        for other in study.against or methods[:1]
+        for row in summarize(finished, metric, methods, other)
+    ]
+    files = [*report.write(folder, results, study_record(study), rates), folder / "results.md"]
+    with written_whole(files[-1]) as file:
+        file.write_text(report.as_markdown(results, metrics, rates, notes), encoding="utf-8")
     for metric in metrics:
         files.append(folder / f"{slug(metric.name)}.png")
         with written_whole(files[-1]) as file:
-            report.plot(results, metric, methods[0]).savefig(file)
-    print(report.as_text(results, metrics[0], methods[0], rates))
+            report.plot(results, metric).savefig(file)
+    print(report.as_text(results, metrics[0], rates))
     for note in notes:
         print(note)
     print(f"written: {', '.join(str(file) for file in files)}")
@@ -220,15 +240,22 @@ def _read_study(path: str) -> dict[str, Any]:
 
 
 def _converted(path: str, name: str, value: Any, kind: type) -> Any:
-    if kind is list:
-        return shlex.split(value) if isinstance(value, str) else [str(one) for one in value]
+    expected = {int: "a whole number", bool: "true or false", list: "words"}.get(kind, "text")
+    error = ValueError(f"{path}: {name}: expected {expected}, not {value!r}")
     if name in ("method", "task"):
         return [value] if isinstance(value, str) else value
+    if isinstance(value, list):
+        if kind is not list:
+            raise error
+        return [str(one) for one in value]
+    if not isinstance(value, str):
+        raise error
+    if kind is list:
+        return shlex.split(value)
     try:
         return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        expected = {int: "a whole number", bool: "true or false"}.get(kind, "text")
-        raise ValueError(f"{path}: {name}: expected {expected}, not {value!r}") from None
+    except (KeyError, ValueError):
+        raise error from None
 
 
 def _require_packages() -> None:

@@ -13,6 +13,7 @@ runs the script as `cmp-trainer run` does, with one thing changed about every tr
 """
 
 import argparse
+import difflib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,15 +26,16 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from cmp_trainer.chain import shadowed
-from cmp_trainer.errors import nearest
 from cmp_trainer.execution.ablated import Ablated
-from cmp_trainer.run import run_script, wrapped_method
+from cmp_trainer.run import leave_process_group, run_script, wrapped_method
 from cmp_trainer.scripting import plain_errors
+
+OPTIONS = ("--control_no_dropout", "--control_epochs", "--control_r_drop")
 
 
 @dataclass
 class Controls:
-    """What is changed about a training, and how often that took place.
+    """Changes to every training, and how often they were applied.
 
     Args:
         no_dropout: whether dropout is off.
@@ -55,6 +57,11 @@ class Controls:
         if self.no_dropout and self.r_drop is not None:
             raise ValueError("--control_r_drop compares two draws of dropout; remove --control_no_dropout")
 
+    @property
+    def changes_loss(self) -> bool:
+        """Whether each step is another one; more epochs are not."""
+        return self.no_dropout or self.r_drop is not None
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """In the body, every training of a Trainer is run with the controls.
@@ -66,37 +73,14 @@ class Controls:
             stack.enter_context(wrapped_method(Trainer, "train", self._train))
             stack.enter_context(wrapped_method(Trainer, "training_step", self._training_step))
             yield
-        asked = self.no_dropout or self.epochs != 1 or self.r_drop is not None
-        if asked and not self.trainings:
+        if (self.changes_loss or self.epochs != 1) and not self.trainings:
             raise ValueError("a control was asked for, but it has no effect: the script never called Trainer.train")
-        if (self.no_dropout or self.r_drop is not None) and not self.steps:
+        if self.changes_loss and not self.steps:
             raise ValueError("a control was asked for, but no training step of a Trainer was taken")
 
     def _train(self, train: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         self.trainings += 1
-        ablations = getattr(trainer, "num_ablations", 0)
-        if ablations and (self.no_dropout or self.r_drop is not None):
-            raise ValueError(
-                f"--cmp_num_ablations {ablations} takes the place of dropout; remove --control_no_dropout and "
-                "--control_r_drop, or the ablations"
-            )
-        if trainer.args.n_gpu > 1 and (self.no_dropout or self.r_drop is not None):
-            raise ValueError(
-                "controls do not reach the threads of nn.DataParallel, which the Trainer uses on "
-                f"{trainer.args.n_gpu} GPUs; start the script with torchrun, or set "
-                "CUDA_VISIBLE_DEVICES=0"
-            )
-        if self.epochs != 1 and trainer.lr_scheduler is not None:
-            raise ValueError(
-                "--control_epochs with a scheduler that the script makes itself: its schedule would end too early; "
-                "let the Trainer make it"
-            )
-        accumulated = trainer.args.gradient_accumulation_steps
-        if self.r_drop is not None and accumulated > 1:
-            raise ValueError(
-                f"--control_r_drop with --gradient_accumulation_steps {accumulated}: models scale their losses in "
-                "different ways there, and the divergence could not follow; use one batch a step"
-            )
+        self._check(trainer)
         names = ("num_train_epochs", "max_steps", "warmup_steps")
         before = {name: getattr(trainer.args, name) for name in names}
         try:
@@ -109,6 +93,32 @@ class Controls:
         finally:
             for name, value in before.items():
                 setattr(trainer.args, name, value)
+
+    def _check(self, trainer: Any) -> None:
+        ablations = getattr(trainer, "num_ablations", 0)
+        if ablations and self.changes_loss:
+            raise ValueError(
+                f"--cmp_num_ablations {ablations} takes the place of dropout; remove --control_no_dropout and "
+                "--control_r_drop, or the ablations"
+            )
+        if trainer.args.n_gpu > 1 and self.changes_loss:
+            raise ValueError(
+                "controls do not reach the threads of nn.DataParallel, which the Trainer uses on "
+                f"{trainer.args.n_gpu} GPUs; pass compare a --launcher, 'torchrun --nproc_per_node 2' or "
+                "'env CUDA_VISIBLE_DEVICES={slot}'"
+            )
+        made_by_trainer = getattr(trainer, "_created_lr_scheduler", False)  # in an earlier training
+        if self.epochs != 1 and trainer.lr_scheduler is not None and not made_by_trainer:
+            raise ValueError(
+                "--control_epochs with a scheduler that the script makes itself: its schedule would end too early; "
+                "let the Trainer make it"
+            )
+        accumulated = trainer.args.gradient_accumulation_steps
+        if self.r_drop is not None and accumulated > 1:
+            raise ValueError(
+                f"--control_r_drop with --gradient_accumulation_steps {accumulated}: models scale their losses in "
+                "different ways there, and the divergence could not follow; use one batch a step"
+            )
 
     def _training_step(self, step: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         compute_loss = trainer.compute_loss
@@ -186,23 +196,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `[--control_…] script.py [arguments…]`; the controls may stand anywhere."""
     parser = make_parser()
     given, rest = parser.parse_known_args(arguments)
-    options = [option for action in parser._actions for option in action.option_strings]
     controls = Controls(given.control_no_dropout, given.control_epochs, given.control_r_drop)
     if not rest:
         raise ValueError("expected the path of a script")
-    mistyped = [word for word in rest if word.lstrip("-").replace("-", "_").startswith("control_")]
-    if mistyped:
-        raise ValueError(f"{mistyped[0]} is none of the controls{nearest(mistyped[0], options, '')}")
-    left = None
+    for word in rest:
+        meant = difflib.get_close_matches(word, OPTIONS, n=1, cutoff=0.85)  # so that --control_net is the script's
+        if meant:
+            raise ValueError(f"{word} is not one of the controls (did you mean {meant[0]}?)")
+    exit_request = None
     with controls.applied():
         try:
             run_script(rest[0], rest[1:])
         except SystemExit as stop:
             if stop.code not in (None, 0):
                 raise
-            left = stop
-    if left is not None:
-        raise left
+            exit_request = stop
+    leave_process_group()
+    if exit_request is not None:
+        raise exit_request
 
 
 if __name__ == "__main__":

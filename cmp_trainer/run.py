@@ -33,6 +33,7 @@ from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_type_hints
 
+from torch import distributed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -253,6 +254,12 @@ def _watched(given: Mapping[str, Any]) -> Iterator["_Watch"]:
             wrapped.enter_context(wrapped_method(owner, name, wrapper))
         wrapped.callback(register_optimizer_step_pre_hook(watch.note_optimizer).remove)
         yield watch
+
+
+def leave_process_group() -> None:
+    """Otherwise its threads may abort a process that ends before them."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager

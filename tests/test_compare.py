@@ -20,7 +20,7 @@ from cmp_trainer.compare import Options
 from cmp_trainer.studies import report
 from cmp_trainer.studies.methods import BUILT_IN, DEFAULT, make_methods
 from cmp_trainer.studies.records import mixed_conditions, read_metrics, read_records, script_digest
-from cmp_trainer.studies.running import Runner
+from cmp_trainer.studies.running import Runner, telling_line
 from cmp_trainer.studies.statistics import interval, summarize
 from cmp_trainer.studies.study import Metric, Study, make_tasks
 
@@ -109,7 +109,7 @@ def test_runs_are_tasks_by_methods_by_seeds_with_all_methods_of_a_seed_first():
 
 
 def test_a_metric_of_the_split_that_a_learning_rate_is_chosen_on_is_rejected():
-    with pytest.raises(ValueError, match="--metric eval_accuracy and --select eval_loss are of the same split"):
+    with pytest.raises(ValueError, match="--metric eval_accuracy and --select eval_loss are measured on the same"):
         rated_study(metrics=[Metric.parse("test_accuracy"), Metric.parse("eval_accuracy")])
 
 
@@ -126,6 +126,12 @@ def test_the_same_file_for_validation_and_test_is_rejected():
         ({"select": Metric.parse("eval_loss")}, "--select needs --learning_rates"),
         ({"num_seeds": 0}, "--seeds 0: expected 1 or more"),
         ({"metrics": []}, "--metric is missing"),
+        ({"select_tasks": ["a"]}, "--select_tasks needs --select"),
+        ({"against": ["other"]}, "--against other is not one of the methods: plain, ours"),
+        ({"tasks": make_tasks(["ner"]), "arguments": []}, "--task ner has no arguments; pass NAME=ARGS, or -- --task"),
+        ({"arguments": ["--cmp_num_ablations=2"]}, "given to every run, so plain would be comparative too"),
+        ({"learning_rates": ["1e-4", "0.0001"], "select": Metric.parse("eval_loss")}, "are the same number"),
+        ({"learning_rates": ["1e-4", "low"], "select": Metric.parse("eval_loss")}, "low: expected numbers"),
     ],
 )
 def test_settings_that_cannot_be_run_are_rejected(changes, message):
@@ -177,6 +183,9 @@ def test_a_learning_rate_at_which_a_run_diverged_is_not_chosen():
         if each["metrics"]["eval_loss"] == 0.1:
             each["metrics"]["eval_loss"] = None
     assert one.choose_rates(records)["a", "plain"] == "1e-4"  # of two that are equal, the lower one
+    for each in records:
+        each["metrics"]["train_loss"] = None
+    assert one.choose_rates(records) == {}
 
 
 def test_rates_at_the_edge_of_three_or_more_are_counted():
@@ -276,19 +285,19 @@ def test_diverged_runs_are_counted_and_leave_the_other_pairs():
     plain = [record(seed=seed, loss=value) for seed, value in enumerate([1.0, 2.0, None])]
     ours = [record(method="ours", seed=seed, loss=value) for seed, value in enumerate([None, 1.5, 2.0])]
     never = [record(method="never", seed=seed, loss=None) for seed in range(3)]
-    rows = summarize(plain + ours + never, Metric.parse("loss"), ["plain", "ours", "never"])
+    rows = summarize(plain + ours + never, Metric.parse("loss"), ["plain", "ours", "never"], "plain")
     assert [(row.runs, row.diverged, row.pairs) for row in rows] == [(3, 1, 2), (3, 1, 1), (3, 3, 0)]
     assert rows[1].difference == -0.5
-    shown = report.readable(rows, "plain", {})
+    shown = report.readable(rows, {})
     assert list(shown["diverged"]) == [1, 1, 3]
-    assert shown["loss"][2] == "none finite"
+    assert shown["loss"][2] == "all diverged"
 
 
 def test_a_method_that_lacks_tasks_is_shown_with_their_number():
     records = [record(task, method, seed, acc=0.1) for task in "ab" for method in ("plain", "ours") for seed in (0, 1)]
-    rows = summarize(records[:-2], Metric.parse("acc"), ["plain", "ours"])
+    rows = summarize(records[:-2], Metric.parse("acc"), ["plain", "ours"], "plain")
     overall = [row for row in rows if row.task == "all tasks"]
-    assert list(report.readable(overall, "plain", {})["tasks"]) == [2, 1]
+    assert list(report.readable(overall, {})["tasks"]) == [2, 1]
 
 
 def test_differences_are_of_the_same_seed_and_only_of_seeds_that_both_have():
@@ -296,7 +305,7 @@ def test_differences_are_of_the_same_seed_and_only_of_seeds_that_both_have():
     ours = [
         record(method="ours", seed=seed, loss=value, seconds=3.0) for seed, value in {2: 2.5, 0: 0.9, 7: 9}.items()
     ]
-    _, row = summarize(plain + ours, Metric.parse("loss"), ["plain", "ours"])
+    _, row = summarize(plain + ours, Metric.parse("loss"), ["plain", "ours"], "plain")
     assert (row.runs, row.pairs, row.wins) == (3, 2, 2)
     assert row.difference == pytest.approx((-0.5 - 0.1) / 2)
     assert row.times == 3.0
@@ -309,14 +318,14 @@ def test_differences_are_of_the_same_seed_and_only_of_seeds_that_both_have():
 def test_wins_count_in_the_direction_of_the_metric(name, wins):
     metric = Metric.parse(name)
     records = [record(**{metric.name: 1.0}), record(method="ours", **{metric.name: 0.5})]
-    assert summarize(records, metric, ["plain", "ours"])[1].wins == wins
+    assert summarize(records, metric, ["plain", "ours"], "plain")[1].wins == wins
 
 
 def test_all_tasks_weigh_the_same_however_many_runs_they_have():
     records = [record(task, "plain", seed, acc=0.0) for task in "ab" for seed in range(4)]
     records += [record("a", "ours", seed, acc=0.1) for seed in range(4)]
     records += [record("b", "ours", seed, acc=0.3) for seed in range(2)]
-    rows = summarize(records, Metric.parse("acc"), ["plain", "ours"])
+    rows = summarize(records, Metric.parse("acc"), ["plain", "ours"], "plain")
     overall = next(row for row in rows if row.task == "all tasks" and row.method == "ours")
     assert overall.difference == pytest.approx(0.2)
     assert (overall.pairs, overall.wins) == (6, 6)
@@ -379,13 +388,28 @@ def test_a_failed_run_is_shown_with_its_last_line_and_does_not_end_the_others(tm
     ]
 
 
-def test_a_run_that_reports_no_such_metric_has_failed(tmp_path, capsys):
+def test_a_run_that_reports_no_such_metric_ends_the_study_and_is_kept(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        compare(tmp_path, "--seeds", "1", metric="test_acuracy")
-    assert "reported no test_acuracy (did you mean --test_accuracy" not in capsys.readouterr().err
+        compare(tmp_path, "--seeds", "9", metric="test_acuracy")
+    assert "test_acuracy was not reported by plain, seed 0 (did you mean test_accuracy" in capsys.readouterr().err
+    assert 1 <= len(read_records(tmp_path)) <= 2
+    compare(tmp_path, "--seeds", "1")
     with pytest.raises(SystemExit):
         compare(tmp_path / "other", "--reports", "nothing", "--seeds", "1")
     assert "found neither *_results.json nor trainer_state.json" in capsys.readouterr().err
+
+
+def test_a_metric_that_earlier_runs_lack_is_told_before_anything_runs(tmp_path, capsys):
+    compare(tmp_path, "--seeds", "1")
+    with pytest.raises(SystemExit):
+        compare(tmp_path, "--seeds", "3", metric="test_f1")
+    assert "test_f1 was not reported by plain, seed 0" in capsys.readouterr().err
+    assert len(read_records(tmp_path)) == 2
+    rates = ["--learning_rates", "1e-3", "1e-4", "--select", "eval_accuracy"]
+    compare(tmp_path / "rated", "--seeds", "1", *rates)
+    with pytest.raises(SystemExit):
+        compare(tmp_path / "rated", "--seeds", "1", *rates[:-1], "eval_acuracy", "--report")
+    assert "eval_acuracy was not reported by plain, 1e-3, seed 0" in capsys.readouterr().err
 
 
 def test_records_of_other_arguments_are_not_taken_for_these(tmp_path, capsys):
@@ -402,12 +426,12 @@ def test_a_report_of_other_arguments_is_rejected_too(tmp_path, capsys):
             compare(tmp_path, *changes, "--seeds", "1", "--report")
     shown = capsys.readouterr().err
     assert "with other arguments (then 3, now 4)" in shown
-    assert "--metric test_f1 was not reported by plain, seed 0" in shown
+    assert "test_f1 was not reported by plain, seed 0" in shown
 
 
 def test_tasks_with_the_same_arguments_are_rejected():
     with pytest.raises(ValueError, match="--task mrpc has the same arguments as cola"):
-        study(arguments=[], tasks=make_tasks(["cola", "mrpc"]))
+        study(arguments=[], tasks=make_tasks(["cola=--x 1", "mrpc=--x 1"]))
 
 
 def test_jobs_run_side_by_side_with_the_threads_divided(tmp_path, monkeypatch):
@@ -511,6 +535,42 @@ def test_an_unknown_key_of_a_study_is_named(tmp_path, capsys):
     assert "unknown key 'scipt' (did you mean script" in capsys.readouterr().err
 
 
+def test_results_are_taken_over_what_the_trainer_logged_and_other_files_are_left_alone(tmp_path):
+    state = {"log_history": [{"eval_loss": 1.0}, {"train_runtime": 3.0}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "eval_results.json").write_text('{"eval_loss": 0.5}')
+    (tmp_path / "bench_results.json").write_text("[1, 2]")
+    assert read_metrics(tmp_path) == {"eval_loss": 0.5, "train_runtime": 3.0}
+    (tmp_path / "eval_results.json").write_text('{"eval_loss":')
+    with pytest.raises(ValueError, match=r"eval_results\.json cannot be read"):
+        read_metrics(tmp_path)
+
+
+def test_differences_to_several_methods_stand_side_by_side(tmp_path):
+    methods = ["--method", "plain", "--method", "ours=--better 0.05", "--method", "more=--better 0.07"]
+    compare(tmp_path, "--seeds", "2", "--against", "plain", "ours", methods=methods)
+    rows = {(row["method"], row["against"]): row["difference"] for row in results(tmp_path)}
+    assert rows["more", "plain"] == pytest.approx(0.07)
+    assert rows["more", "ours"] == pytest.approx(0.02)
+    table = (tmp_path / "results.md").read_text()
+    assert "| difference to plain | better than plain | difference to ours | better than ours |" in table
+    assert "+0.0200" in table
+
+
+def test_the_line_that_names_an_error_is_shown_and_not_what_a_launcher_adds(tmp_path):
+    log = tmp_path / "seed_0.log"
+    log.write_text("10%\r20%\nValueError: no such column\nChildFailedError: \n=====\n")
+    assert telling_line(log) == "ValueError: no such column"
+    log.write_text("one\n\ntwo\n")
+    assert telling_line(log) == "two"
+
+
+def test_runs_side_by_side_have_slots_of_their_own(tmp_path):
+    compare(tmp_path, "--seeds", "3", "--jobs", "2", launcher=f"env SLOT={{slot}} {STUB}")
+    slots = [file.read_text().splitlines()[-1] for file in tmp_path.glob("runs/*/seed_*/command.txt")]
+    assert set(slots) == {"0", "1"}
+
+
 def test_metrics_are_read_from_the_trainers_log_where_a_script_saves_none(tmp_path):
     state = {"log_history": [{"eval_loss": 1.0, "epoch": 1}, {"eval_loss": 0.5, "note": "x"}, {"train_runtime": 3.0}]}
     (tmp_path / "checkpoint-2").mkdir()
@@ -543,6 +603,8 @@ def test_names_and_empty_values_of_a_study_are_taken_as_they_stand(tmp_path):
         ("seeds: many", "seeds: expected a whole number, not 'many'"),
         ("discard: perhaps", "discard: expected true or false, not 'perhaps'"),
         ("jobs: [1]", "jobs: expected a whole number"),
+        ("arguments: {do_train: true}", "arguments: expected words"),
+        ("script: [a, b]", "script: expected text"),
         ("- seeds", "must hold names and values"),
     ],
 )
@@ -566,17 +628,17 @@ def test_a_dry_run_shows_the_command_lines_and_starts_none(tmp_path, capsys):
     assert all("cmp_trainer.controls" in line for line in lines)
     assert not read_records(tmp_path)
     compare(tmp_path, "--seeds", "2", "--dry_run", "--learning_rates", "1", "2", "--select", "eval_accuracy")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 2 + 1
-    assert lines[-1] == "then 4 runs at the rates chosen"
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 2 * 2
+    assert "then 2 runs at the rates chosen" in shown.err
 
 
 def test_a_study_is_run_by_one_process_at_a_time(tmp_path, capsys):
-    with Runner("train.py", tmp_path, []).alone(), pytest.raises(SystemExit):
+    with Runner("train.py", tmp_path, []).exclusive(), pytest.raises(SystemExit):
         compare(tmp_path, "--seeds", "1")
     assert "another cmp-trainer compare is running in" in capsys.readouterr().err
     compare(tmp_path, "--seeds", "1")
-    with Runner("train.py", tmp_path, []).alone():
+    with Runner("train.py", tmp_path, []).exclusive():
         compare(tmp_path, "--seeds", "1", "--report")  # which only reads
 
 
@@ -588,10 +650,12 @@ def test_runs_of_an_earlier_script_and_times_that_do_not_compare_are_told(tmp_pa
     found = mixed_conditions([same, same | {"script_sha256": "other"}, same | {"jobs": 1}], str(script))
     assert found[0].startswith("1 of 3 runs were made by another version")
     assert "jobs x threads: 1 x 1, 2 x 1" in found[1]
+    found = mixed_conditions([same | {"versions": "torch=1"}, same | {"versions": "torch=2"}], str(script))
+    assert found == ["Runs had different versions: torch=1; torch=2."]
 
 
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_study_that_is_stopped_takes_its_runs_with_it(number, tmp_path):
     """Also what a run has started itself, as a launcher does."""
     script = tmp_path / "sleeps.py"

@@ -10,15 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cmp_trainer.errors import nearest
-from cmp_trainer.studies.study import Run, Study
+from cmp_trainer.errors import first_line, nearest
+from cmp_trainer.saving.files import written_whole
+from cmp_trainer.studies.study import Metric, Run, Study, record_key
 
 Record = Mapping[str, Any]
-
-
-def record_key(record: Record) -> tuple[str, str, str | None, int]:
-    """As a run's key."""
-    return record["task"], record["method"], record["learning_rate"], record["seed"]
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -41,7 +37,9 @@ def append_record(folder: Path, record: Record) -> None:
     path = folder / "runs.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.read_bytes().endswith(b"\n"):
-        path.write_text("".join(json.dumps(one) + "\n" for one in read_records(folder)), encoding="utf-8")
+        whole = "".join(json.dumps(one) + "\n" for one in read_records(folder))
+        with written_whole(path) as file:
+            file.write_text(whole, encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -65,6 +63,18 @@ def require_same_arguments(records: Sequence[Record], runs: Sequence[Run], scrip
             )
 
 
+def require_metrics(records: Sequence[Record], metrics: Sequence[Metric]) -> None:
+    """Raises a ValueError where a run did not report a metric of the study."""
+    for metric in metrics:
+        for one in records:
+            if metric.name not in one["metrics"]:
+                place = ", ".join(str(part) for part in record_key(one)[:3] if part)
+                raise ValueError(
+                    f"{metric.name} was not reported by {place}, seed {one['seed']}"
+                    f"{known_metrics(metric.name, one['metrics'])}"
+                )
+
+
 def _difference(before: str, run: Run) -> str:
     old, new = shlex.split(before), list(run.words)
     gone, added = [word for word in old if word not in new], [word for word in new if word not in old]
@@ -77,7 +87,7 @@ def script_digest(path: str) -> str:
 
 
 def mixed_conditions(records: Sequence[Record], script: str) -> list[str]:
-    """What a reader of the results has to know: runs of an earlier script, times that do not compare."""
+    """What a reader of the results has to know: runs that differ in the script's version, libraries or machine."""
     notes = []
     earlier = [one for one in records if one.get("script_sha256") not in (None, script_digest(script))]
     if earlier:
@@ -86,22 +96,36 @@ def mixed_conditions(records: Sequence[Record], script: str) -> list[str]:
     if len(sharing) > 1:
         shown = ", ".join(f"{jobs} x {threads or 'unknown'}" for jobs, threads in sorted(sharing, key=str))
         notes.append(f"Runs shared the machine in different ways (jobs x threads: {shown}): compare times with care.")
+    for name in ("versions", "launcher"):
+        given = sorted({str(one[name]) for one in records if name in one})
+        if len(given) > 1:
+            notes.append(f"Runs had different {name.rstrip('s')}s: {'; '.join(given)}.")
     return notes
 
 
 def read_metrics(folder: Path) -> dict[str, float | None]:
-    """What a run of a Hugging Face script reports: its *_results.json, or else what its Trainer logged.
+    """What a run of a Hugging Face script reports: what its Trainer logged, and over that its *_results.json.
 
     Numbers only, None for those that are not finite; of a value that is logged several times, the last one.
+
+    Raises:
+        ValueError: a file cannot be read.
     """
-    files = [folder / "all_results.json"] if (folder / "all_results.json").exists() else []
-    files = files or sorted(folder.glob("*_results.json"))
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    if not found:
-        states = sorted(folder.glob("**/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-        found = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
+    states = sorted(folder.glob("**/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    logged = _read_json(states[-1]).get("log_history", []) if states else []
+    files = [*sorted(folder.glob("*_results.json")), folder / "all_results.json"]
+    found = [*logged, *(_read_json(file) for file in files if file.exists())]
     numbers = {name: value for one in found for name, value in one.items() if isinstance(value, int | float)}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A file's object; an empty one where it holds something else, which is not the Trainer's."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def known_metrics(name: str, metrics: Mapping[str, float | None]) -> str:
@@ -120,6 +144,7 @@ def study_record(study: Study) -> dict[str, Any]:
         "methods": {method.name: method.arguments for method in study.methods},
         "seeds": study.num_seeds,
         "metrics": [str(metric) for metric in study.metrics],
+        "against": list(study.against),
         "learning_rates": list(study.learning_rates),
         "select": None if study.select is None else str(study.select),
         "select_tasks": list(study.select_tasks),

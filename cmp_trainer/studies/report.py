@@ -22,39 +22,43 @@ Rates = Mapping[tuple[str, str], str | None]  # the learning rate of each (task,
 _MARKERS = "osD^vP*Xph<>8d"
 
 
-def readable(rows: Sequence[Summary], first: str, rates: Rates) -> pd.DataFrame:
-    """The rows of one metric as they are shown."""
+def readable(results: Sequence[Summary], rates: Rates) -> pd.DataFrame:
+    """The rows of one metric as they are shown, with two columns for each method that they are compared with."""
+    against = list(dict.fromkeys(row.against for row in results))
+    rows = [row for row in results if row.against == against[0]]
+    compared = {(row.task, row.method, row.against): row for row in results}
     shown = pd.DataFrame({"method": [row.method for row in rows]})
     if len({row.task for row in rows}) > 1:
         shown.insert(0, "task", [row.task for row in rows])
     if any(rates.values()) and rows[0].task != ALL_TASKS:
         shown["learning rate"] = [rates.get((row.task, row.method)) or "" for row in rows]
     shown[rows[0].metric] = [_with_spread(row) for row in rows]
-    shown[f"difference to {first}"] = ["" if row.method == first else _with_interval(row) for row in rows]
-    shown["better"] = ["" if row.method == first else f"{row.wins} of {row.pairs}" for row in rows]
+    for other in against:
+        of_other = [compared.get((row.task, row.method, other)) for row in rows]
+        shown[f"difference to {other}"] = [_with_interval(row) for row in of_other]
+        better = [f"{row.wins} of {row.pairs}" if row and row.method != other else "" for row in of_other]
+        shown[f"better than {other}"] = better
     shown["runs"] = [row.runs for row in rows]
     if len({row.tasks for row in rows}) > 1:
         shown["tasks"] = [row.tasks for row in rows]
     if any(row.diverged for row in rows):
         shown["diverged"] = [row.diverged for row in rows]
     shown["seconds"] = [f"{row.seconds:,.0f}" for row in rows]
-    shown[f"x {first}"] = ["" if math.isnan(row.times) else f"{row.times:.2f}" for row in rows]
+    shown[f"x {against[0]}"] = ["" if math.isnan(row.times) else f"{row.times:.2f}" for row in rows]
     return shown
 
 
-def as_markdown(
-    results: Sequence[Summary], metrics: Sequence[Metric], first: str, rates: Rates, notes: Sequence[str] = ()
-) -> str:
+def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], rates: Rates, notes: Sequence[str] = ()) -> str:
     """All tables, each with a heading, how to read them, and what else has to be known."""
     parts = [
-        f"Differences are to {first}, over pairs of runs with the same seed, with a 95 % interval; `better` counts "
-        "the pairs in which a method is better. Seconds are the median of a training.",
+        "Differences are over pairs of runs with the same seed, with a 95 % interval; `better than` counts the pairs "
+        "in which a method is better. Seconds are the median of a training.",
         *notes,
     ]
     for metric in metrics:
         direction = "higher" if metric.greater_is_better else "lower"
         for title, rows in _parts(results, metric):
-            table = as_markdown_table(readable(rows, first, rates))
+            table = as_markdown_table(readable(rows, rates))
             parts.append(f"## {metric.name}{title} ({direction} is better)\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
@@ -69,40 +73,35 @@ def as_markdown_table(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def as_text(results: Sequence[Summary], metric: Metric, first: str, rates: Rates) -> str:
+def as_text(results: Sequence[Summary], metric: Metric, rates: Rates) -> str:
     """The table of one metric for a terminal, over all tasks where there are several."""
-    return readable(_parts(results, metric)[0][1], first, rates).to_string(index=False)
+    return readable(_parts(results, metric)[0][1], rates).to_string(index=False)
 
 
-def write(folder: Path, results: Sequence[Summary], settings: Mapping[str, Any], markdown: str) -> list[Path]:
-    """results.csv, results.json and results.md in the study's folder."""
-    files = [folder / f"results{suffix}" for suffix in (".csv", ".json", ".md")]
-    rows = [asdict(row) for row in results]
+def write(folder: Path, results: Sequence[Summary], settings: Mapping[str, Any], rates: Rates) -> list[Path]:
+    """results.csv and results.json in the study's folder: every number, with the learning rates that were chosen."""
+    files = [folder / f"results{suffix}" for suffix in (".csv", ".json")]
+    rows = [asdict(row) | {"learning_rate": rates.get((row.task, row.method))} for row in results]
     with written_whole(files[0]) as file:
         pd.DataFrame(rows).to_csv(file, index=False, float_format="%.6g")
     numbers = [{name: None if value != value else value for name, value in row.items()} for row in rows]  # NaN
     with written_whole(files[1]) as file:
         file.write_text(json.dumps({"study": settings, "results": numbers}, indent=1) + "\n", encoding="utf-8")
-    with written_whole(files[2]) as file:
-        file.write_text(markdown, encoding="utf-8")
     return files
 
 
-def plot(results: Sequence[Summary], metric: Metric, first: str) -> Figure:
+def plot(results: Sequence[Summary], metric: Metric) -> Figure:
     """The metric against training time, one point a method; a panel for all tasks together and one for each.
 
-    Bars are the intervals of the difference to the first method, drawn around a method's mean: where a bar crosses the
-    grey line, the difference may be none.
-
-    Raises:
-        ImportError: matplotlib is missing.
+    Bars are the intervals of the difference to the method that the others are compared with (the first of several),
+    drawn around a method's mean: where a bar crosses the grey line, there may be no difference.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'cmp-trainer[plot]'") from error
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     rows = [row for row in results if row.metric == metric.name]
+    first = rows[0].against
+    rows = [row for row in rows if row.against == first]
     tasks, methods = list(dict.fromkeys(row.task for row in rows)), list(dict.fromkeys(row.method for row in rows))
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -116,7 +115,7 @@ def plot(results: Sequence[Summary], metric: Metric, first: str) -> Figure:
                 if row.method == first:
                     axes.axhline(row.mean, color="0.6", linewidth=1, zorder=0)
                 style = _style(methods.index(row.method))
-                handles[row.method] = axes.errorbar(row.times, row.mean, yerr=_bar(row, first), **style)
+                handles[row.method] = axes.errorbar(row.times, row.mean, yerr=_bar(row), **style)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel(f"training time / {first}'s")
         axes.set_ylabel(metric.name.replace("_", " "))
@@ -137,8 +136,8 @@ def _parts(results: Sequence[Summary], metric: Metric) -> list[tuple[str, list[S
     return [(" over all tasks", overall), (" by task", of_tasks)] if overall else [("", of_tasks)]
 
 
-def _bar(row: Summary, first: str) -> list[list[float]] | None:
-    if row.method == first or math.isnan(row.low):
+def _bar(row: Summary) -> list[list[float]] | None:
+    if row.method == row.against or math.isnan(row.low):
         return None
     return [[row.difference - row.low], [row.high - row.difference]]
 
@@ -157,11 +156,11 @@ def _style(number: int) -> dict[str, Any]:
 
 def _with_spread(row: Summary) -> str:
     if math.isnan(row.mean):
-        return "none finite"
+        return "all diverged"
     return f"{row.mean:.4f}" + ("" if math.isnan(row.std) else f" ± {row.std:.4f}")
 
 
-def _with_interval(row: Summary) -> str:
-    if math.isnan(row.difference):
+def _with_interval(row: Summary | None) -> str:
+    if row is None or row.method == row.against or math.isnan(row.difference):
         return ""
     return f"{row.difference:+.4f}" + ("" if math.isnan(row.low) else f" ({row.low:+.4f} to {row.high:+.4f})")

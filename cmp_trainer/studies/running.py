@@ -28,21 +28,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from cmp_trainer.studies.records import (
-    append_record,
-    known_metrics,
-    read_metrics,
-    read_records,
-    record_key,
-    script_digest,
-)
-from cmp_trainer.studies.study import Run
+from cmp_trainer.studies.records import append_record, read_metrics, read_records, require_metrics, script_digest
+from cmp_trainer.studies.study import Metric, Run, record_key
 
 STARTS_PYTHON = {"accelerate": "-m", "torchrun": "-m", "deepspeed": "--module"}  # are given a module, not a command
 RECORDED = ("torch", "transformers", "accelerate", "cmp-trainer")
@@ -50,7 +44,7 @@ SECONDS_TO_END = 10
 
 
 class RunFailed(RuntimeError):
-    """A run ended with an error, or without the metrics of its study; the last line it printed."""
+    """A run ended with an error; the line that says which."""
 
 
 class Processes:
@@ -76,8 +70,11 @@ class Processes:
                 raise RunFailed(f"could not be started: {error}") from error
             self._running.add(process)
         status = process.wait()
+        _signal_group(process, signal.SIGKILL)  # what it may have left behind
         with self._lock:
             self._running.discard(process)
+            if self._ended:
+                raise RunFailed("ended with the study")
         return status
 
     def end(self) -> None:
@@ -108,21 +105,27 @@ class Runner:
         folder: the study's.
         required: metrics that every run has to report.
         jobs: how many run side by side; the threads of this machine are divided among them.
-        launcher: a command that is put before each run; `{command}` in it is replaced by the whole run, quoted.
+        launcher: a command that is put before each run. `{command}` in it is replaced by the whole run, quoted, and
+            `{slot}` by a number below `jobs` that no other run has meanwhile, as for a GPU.
         discard: whether a run's output folder is deleted once its metrics are recorded.
     """
 
     script: str
     folder: Path
-    required: Sequence[str]
+    required: Sequence[Metric]
     jobs: int = 1
     launcher: str = ""
     discard: bool = False
     processes: Processes = field(default_factory=Processes, init=False, compare=False)
     recording: Any = field(default_factory=threading.Lock, init=False, compare=False)
+    slots: SimpleQueue[int] = field(default_factory=SimpleQueue, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for slot in range(self.jobs):
+            self.slots.put(slot)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """In the body, no other process runs this study.
 
         Raises:
@@ -141,14 +144,18 @@ class Runner:
         finally:
             lock.release()
 
-    def left(self, runs: Sequence[Run]) -> list[Run]:
+    def unfinished(self, runs: Sequence[Run]) -> list[Run]:
         """Those that are not recorded yet."""
         done = {record_key(one) for one in read_records(self.folder)}
         return [run for run in runs if run.key not in done]
 
     def run_all(self, runs: Sequence[Run], show: str) -> dict[Run, str]:
-        """Run what is not recorded yet, with a progress bar; the failed ones, each with its last line."""
-        left = self.left(runs)
+        """Run what is not recorded yet, with a progress bar; the failed ones, each with the line that says why.
+
+        Raises:
+            ValueError: a run reported too little, and so would the next ones.
+        """
+        left = self.unfinished(runs)
         failed: dict[Run, str] = {}
         bar = tqdm(total=len(runs), initial=len(runs) - len(left), desc=show, unit="run", dynamic_ncols=True)
         with bar, ThreadPoolExecutor(self.jobs) as pool, self._ended_together(pool):
@@ -159,7 +166,7 @@ class Runner:
                     future.result()
                 except RunFailed as error:
                     failed[run] = str(error)
-                    tqdm.write(f"failed: {run}: {error} (log: {self.place(run)}.log)", file=sys.stderr)
+                    tqdm.write(f"failed: {run}: {error} (log: {self.output_folder(run)}.log)", file=sys.stderr)
                 else:
                     bar.set_postfix_str(f"last: {run}")  # no numbers, which would show test results one by one
                 bar.update()
@@ -169,28 +176,32 @@ class Runner:
         """Run it, and record it.
 
         Raises:
-            RunFailed: it ended with an error, or reported too little.
+            RunFailed: it ended with an error.
+            ValueError: it reported too little; it is recorded all the same.
         """
-        output, log = self.place(run), self.place(run).with_suffix(".log")
+        output, log = self.output_folder(run), self.output_folder(run).with_suffix(".log")
         shutil.rmtree(output, ignore_errors=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         digest, environment = script_digest(self.script), self.environment()
-        started = time.perf_counter()
-        with log.open("w", encoding="utf-8") as file:
-            status = self.processes.run(
-                self.command(run),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | environment,
-            )
+        started, slot = time.perf_counter(), self.slots.get()
+        try:
+            with log.open("w", encoding="utf-8") as file:
+                status = self.processes.run(
+                    self.command(run, slot),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | environment,
+                )
+        finally:
+            self.slots.put(slot)
         seconds = time.perf_counter() - started
         if status:
-            raise RunFailed(f"{last_line(log) or 'it printed nothing'} (status {status})")
-        metrics = read_metrics(output)
-        missing = [name for name in self.required if name not in metrics]
-        if missing:
-            raise RunFailed(f"reported no {missing[0]}{known_metrics(missing[0], metrics)}")
+            raise RunFailed(f"{telling_line(log) or 'it printed nothing'} (status {status})")
+        try:
+            metrics = read_metrics(output)
+        except ValueError as error:
+            raise RunFailed(str(error)) from error
         record = {
             "task": run.task,
             "method": run.method,
@@ -209,13 +220,14 @@ class Runner:
         }
         with self.recording:
             append_record(self.folder, record)
+        require_metrics([record], self.required)
         if self.discard:
             shutil.rmtree(output, ignore_errors=True)
 
-    def command(self, run: Run) -> list[str]:
+    def command(self, run: Run, slot: int = 0) -> list[str]:
         """The command line that starts a run."""
-        of_run = ["cmp_trainer.controls", self.script, *run.words, "--output_dir", str(self.place(run))]
-        words = shlex.split(self.launcher)
+        of_run = ["cmp_trainer.controls", self.script, *run.words, "--output_dir", str(self.output_folder(run))]
+        words = [word.replace("{slot}", str(slot)) for word in shlex.split(self.launcher)]
         whole = [sys.executable, "-m", *of_run]
         if any("{command}" in word for word in words):
             return [word.replace("{command}", shlex.join(whole)) for word in words]
@@ -229,15 +241,15 @@ class Runner:
             given["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // self.jobs))
         return given
 
-    def place(self, run: Run) -> Path:
+    def output_folder(self, run: Run) -> Path:
         """The run's output folder; its log stands beside it."""
         parts = [run.task, run.method, f"lr_{run.learning_rate}" if run.learning_rate else ""]
         return self.folder.joinpath("runs", *(slug(part) for part in parts if part), f"seed_{run.seed}")
 
     @contextmanager
     def _ended_together(self, pool: ThreadPoolExecutor) -> Iterator[None]:
-        """Where the body ends early (an error, Ctrl-C, SIGTERM), the runs under way end, and no others start."""
-        with _raised_at_sigterm():
+        """If the body raises (an error, Ctrl-C, a signal), end the runs under way and start no more."""
+        with _raised_at_signals():
             try:
                 yield
             except BaseException:
@@ -247,8 +259,8 @@ class Runner:
 
 
 @contextmanager
-def _raised_at_sigterm() -> Iterator[None]:
-    """SIGTERM, by which schedulers end a job, raises SystemExit."""
+def _raised_at_signals() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, and SIGHUP, when a terminal closes, raise SystemExit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -256,11 +268,15 @@ def _raised_at_sigterm() -> Iterator[None]:
     def leave(number: int, frame: Any) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def slug(name: str) -> str:
@@ -268,8 +284,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name)
 
 
-def last_line(log: Path) -> str:
-    """The last line that a run printed, shortened."""
-    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-    line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+def telling_line(log: Path) -> str:
+    """The last line of a run's log that names an error, as launchers print more after it; or else the last one."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text(encoding="utf-8", errors="replace"))]
+    lines = [line for line in lines if line]
+    errors = [line for line in lines if re.match(r"([\w.]*(Error|Exception)|error)\b: ?", line)]
+    errors = [line for line in errors if "CalledProcessError" not in line and "ChildFailedError" not in line]
+    line = (errors or lines or [""])[-1]
     return line if len(line) <= 300 else f"{line[:300]} …"

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from cmp_trainer.studies.study import Metric
+from cmp_trainer.studies.study import Metric, finite_value
 
 CONFIDENCE = 0.95
 ALL_TASKS = "all tasks"
@@ -30,23 +30,25 @@ ALL_TASKS = "all tasks"
 
 @dataclass(frozen=True)
 class Summary:
-    """One method on one task, or over all of them, by one metric, compared with the study's first method.
+    """One method on one task, or over all of them, by one metric, compared with another method.
 
     Attributes:
         runs: how many runs there are.
         diverged: in how many of them the metric is not a finite number; they count in nothing but this and the time.
         tasks: how many tasks the numbers are of.
         mean, std: of these runs; over all tasks the mean of the tasks' means, and no std.
-        difference, low, high: mean paired difference to the first method and its 95 % interval; NaN where there are no
+        against: the method that it is compared with.
+        difference, low, high: mean paired difference to that method and its 95 % interval; NaN where there are no
             pairs, and no interval of a single one.
         pairs, wins: runs of a seed that both methods have, and in how many of them this one is better.
         seconds: of a training, the median; over all tasks the mean of the medians.
-        times: seconds by those of the first method with the same seed, the median; over all tasks the geometric mean.
+        times: seconds by those of the other method with the same seed, the median; over all tasks the geometric mean.
     """
 
     task: str
     method: str
     metric: str
+    against: str
     runs: int
     diverged: int
     tasks: int
@@ -61,8 +63,10 @@ class Summary:
     times: float
 
 
-def summarize(records: Sequence[Mapping[str, Any]], metric: Metric, methods: Sequence[str]) -> list[Summary]:
-    """Every method on every task, in this order of methods; the first one is what the others are compared with.
+def summarize(
+    records: Sequence[Mapping[str, Any]], metric: Metric, methods: Sequence[str], against: str
+) -> list[Summary]:
+    """Every method on every task, in this order of methods, compared with one of them.
 
     With several tasks, the methods over all tasks come first.
     """
@@ -72,9 +76,9 @@ def summarize(records: Sequence[Mapping[str, Any]], metric: Metric, methods: Seq
         for method in methods:
             runs = _by_seed(records, task, method)
             if runs:
-                first = _by_seed(records, task, methods[0])
-                samples[task, method] = differences(runs, first, metric.name)
-                of_tasks.append(_summary(task, method, metric, runs, first, samples[task, method]))
+                other = _by_seed(records, task, against)
+                samples[task, method] = differences(runs, other, metric.name)
+                of_tasks.append(_summary(task, method, metric, against, runs, other, samples[task, method]))
     if len(tasks) == 1:
         return of_tasks
     overall = []
@@ -85,10 +89,10 @@ def summarize(records: Sequence[Mapping[str, Any]], metric: Metric, methods: Seq
     return [*overall, *of_tasks]
 
 
-def differences(runs: Mapping[int, Any], first: Mapping[int, Any], metric: str) -> np.ndarray:
+def differences(runs: Mapping[int, Any], other: Mapping[int, Any], metric: str) -> np.ndarray:
     """Of the seeds that both have, where neither diverged."""
-    pairs = [(runs[seed]["metrics"][metric], first[seed]["metrics"][metric]) for seed in runs if seed in first]
-    return np.array([ours - theirs for ours, theirs in pairs if None not in (ours, theirs)], dtype=float)
+    pairs = [(finite_value(runs[seed], metric), finite_value(other[seed], metric)) for seed in runs if seed in other]
+    return np.array([x - y for x, y in pairs if x is not None and y is not None], dtype=float)
 
 
 def interval(*samples: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -98,8 +102,8 @@ def interval(*samples: Sequence[float] | np.ndarray) -> tuple[float, float]:
         samples: the paired differences of each task.
 
     Returns:
-        Its ends. NaN where a task has fewer than two differences, and where all differences of every task are the same
-        number but 0, which a few rows and seeds do by chance.
+        Its ends. NaN where a task has fewer than two differences, and where those of every task are identical and not
+        zero, which happens by chance with few rows and seeds.
 
     >>> low, high = interval([0.01, 0.02, 0.03])
     >>> round(low, 4), round(high, 4)
@@ -133,18 +137,20 @@ def _summary(
     task: str,
     method: str,
     metric: Metric,
+    against: str,
     runs: Mapping[int, Mapping[str, Any]],
-    first: Mapping[int, Mapping[str, Any]],
+    other: Mapping[int, Mapping[str, Any]],
     found: np.ndarray,
 ) -> Summary:
-    reported = [one["metrics"][metric.name] for one in runs.values()]
+    reported = [finite_value(one, metric.name) for one in runs.values()]
     values = np.array([value for value in reported if value is not None], dtype=float)
-    ratios = [seconds_of(runs[seed]) / seconds_of(first[seed]) for seed in runs if seed in first]
+    ratios = [seconds_of(runs[seed]) / seconds_of(other[seed]) for seed in runs if seed in other]
     low, high = interval(found)
     return Summary(
         task=task,
         method=method,
         metric=metric.name,
+        against=against,
         runs=len(reported),
         diverged=len(reported) - len(values),
         tasks=1,
@@ -166,6 +172,7 @@ def _over_tasks(ours: Sequence[Summary], samples: Sequence[np.ndarray]) -> Summa
         task=ALL_TASKS,
         method=ours[0].method,
         metric=ours[0].metric,
+        against=ours[0].against,
         runs=sum(one.runs for one in ours),
         diverged=sum(one.diverged for one in ours),
         tasks=len(ours),

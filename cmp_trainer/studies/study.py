@@ -15,7 +15,7 @@ from typing import Any
 
 from cmp_trainer.studies.methods import Method, require_distinct
 
-LOWER_IS_BETTER = ("loss", "error", "ece", "perplexity", "wer", "cer", "mse", "rmse", "mae", "runtime")
+LOWER_IS_BETTER = ("loss", "nll", "error", "ece", "perplexity", "ppl", "wer", "cer", "mse", "rmse", "mae", "runtime")
 SET_FOR_EACH_RUN = {
     "--seed": "every run has its own; say how many with --seeds",
     "--output_dir": "every run has its own, in --output",
@@ -56,6 +56,18 @@ class Metric:
         return 1 if self.greater_is_better else -1
 
 
+def record_key(record: Mapping[str, Any]) -> tuple[str, str, str | None, int]:
+    """As a run's key."""
+    return record["task"], record["method"], record["learning_rate"], record["seed"]
+
+
+def finite_value(record: Mapping[str, Any], name: str) -> float | None:
+    """A metric of a record; None where the run diverged: this metric or any loss is not a finite number."""
+    metrics = record["metrics"]
+    diverged = any(value is None for other, value in metrics.items() if other.endswith("loss"))
+    return None if diverged else metrics[name]
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of the script; the learning rate is that of the script's own arguments where None."""
@@ -68,7 +80,7 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, str | None, int]:
-        """What tells it from the other runs of its study."""
+        """What tells it from the other runs of its study, as in its record."""
         return self.task, self.method, self.learning_rate, self.seed
 
     def __str__(self) -> str:
@@ -83,10 +95,11 @@ class Study:
     Args:
         script: path of a Hugging Face training script.
         arguments: what every run is given; `{seed}`, `{task}` and `{method}` in it are replaced.
-        methods: how it is trained; the first is what the others are compared with.
+        methods: how it is trained.
         tasks: further arguments of each task by its name; one task without a name where there are no others.
         num_seeds: seeds 0, 1, … are passed as `--seed`.
-        metrics: what is reported; the first is the one that is plotted.
+        metrics: what is reported; the first is the one that is printed.
+        against: the methods that the others are compared with; the first one where empty.
         learning_rates: the rates to choose from; none leaves it to the arguments.
         select: the metric by which a rate is chosen.
         select_seeds: how many seeds a rate is chosen with; the first ones.
@@ -103,6 +116,7 @@ class Study:
     tasks: Mapping[str, Sequence[str]]
     num_seeds: int
     metrics: Sequence[Metric]
+    against: Sequence[str] = ()
     learning_rates: Sequence[str] = ()
     select: Metric | None = None
     select_seeds: int = 1
@@ -114,10 +128,25 @@ class Study:
         if self.num_seeds < 1:
             raise ValueError(f"--seeds {self.num_seeds}: expected 1 or more")
         require_distinct("--method", [method.name for method in self.methods])
+        self._check_methods()
         self._check_arguments()
         self._check_tasks()
         require_distinct("--metric", [metric.name for metric in self.metrics])
         self._check_selection()
+
+    def _check_methods(self) -> None:
+        require_distinct("--against", self.against)
+        names = [method.name for method in self.methods]
+        for name in self.against:
+            if name not in names:
+                raise ValueError(f"--against {name} is not one of the methods: {', '.join(names)}")
+        of_tasks = [word for words in self.tasks.values() for word in words]
+        not_compared = [one.name for one in self.methods if not _asks_for_ablations(one.words)]
+        if _asks_for_ablations([*self.arguments, *of_tasks]) and not_compared:
+            raise ValueError(
+                f"--cmp_num_ablations is given to every run, so {not_compared[0]} would be comparative too; "
+                "give it to the methods that it belongs to, --method 'ours=--cmp_num_ablations 2'"
+            )
 
     def _check_arguments(self) -> None:
         taken = dict(SET_FOR_EACH_RUN)
@@ -134,7 +163,11 @@ class Study:
 
     def _check_tasks(self) -> None:
         seen: dict[tuple[str, ...], str] = {}
-        for task in self.tasks:
+        for task, given in self.tasks.items():
+            if len(self.tasks) == 1 and task and not given:
+                raise ValueError(
+                    f"--task {task} has no arguments; pass NAME=ARGS, or -- --task {task} if it is for the script"
+                )
             words = tuple(self._words(task, self.methods[0], None, 0))
             if words in seen:
                 raise ValueError(
@@ -144,22 +177,32 @@ class Study:
 
     def _check_selection(self) -> None:
         require_distinct("--learning_rates", self.learning_rates)
+        require_distinct("--select_tasks", self.select_tasks)
+        by_value: dict[float, str] = {}
+        for rate in self.learning_rates:
+            if not _is_number(rate):
+                raise ValueError(f"--learning_rates {rate}: expected numbers")
+            same = by_value.setdefault(float(rate), rate)
+            if same != rate:
+                raise ValueError(f"--learning_rates {same} and {rate} are the same number")
         if bool(self.learning_rates) != bool(self.select):
             given, missing = ("--select", "--learning_rates") if self.select else ("--learning_rates", "--select")
             raise ValueError(f"{given} needs {missing}: a learning rate is chosen by a metric of a validation split")
         if self.select is None:
+            if self.select_tasks:
+                raise ValueError("--select_tasks needs --select and --learning_rates")
             return
         same = [metric.name for metric in self.metrics if metric.split == self.select.split]
         if same:
             raise ValueError(
-                f"--metric {same[0]} and --select {self.select.name} are of the same split, so the result would be "
-                "biased; report a metric of another split, such as test_accuracy"
+                f"--metric {same[0]} and --select {self.select.name} are measured on the same split, so the "
+                "result would be biased; report a metric of another split, such as test_accuracy"
             )
         if not 1 <= self.select_seeds <= self.num_seeds:
             raise ValueError(f"--select_seeds {self.select_seeds}: expected 1 to --seeds {self.num_seeds}")
         unknown = [task for task in self.select_tasks if task not in self.tasks]
         if unknown:
-            raise ValueError(f"--select_tasks {unknown[0]} is none of the tasks: {', '.join(self.tasks)}")
+            raise ValueError(f"--select_tasks {unknown[0]} is not one of the tasks: {', '.join(self.tasks)}")
         for task in self.tasks:
             words = self._words(task, self.methods[0], None, 0)
             files = {name: value for name, value in pairwise(words) if name.endswith("_file")}
@@ -193,24 +236,23 @@ class Study:
     def choose_rates(self, finished: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], str | None]:
         """The learning rate of each (task, method): the one with the best mean of the selecting metric.
 
-        A rate at which a run diverged is the worst. There is none yet where runs are missing.
+        None is chosen where a run is missing, or where runs diverged at every rate.
 
         Args:
-            finished: records of runs.
+            finished: records of runs, all of which report the metric.
         """
         if self.select is None:
             return dict.fromkeys(self.pairs())
-        values = {
-            (one["task"], one["method"], one["learning_rate"], one["seed"]): one["metrics"].get(self.select.name)
-            for one in finished
-        }
+        values = {record_key(one): finite_value(one, self.select.name) for one in finished}
         rates: dict[tuple[str, str], str | None] = {}
         for task in self.tasks:
             for method in self.methods:
                 keys = {rate: self._chosen_from(task, method, rate) for rate in self.learning_rates}
                 if all(key in values for of_rate in keys.values() for key in of_rate):
-                    means = {rate: self._goodness([values[key] for key in keys[rate]]) for rate in keys}
-                    rates[task, method.name] = max(means, key=means.__getitem__)
+                    scores = {rate: self._mean_score([values[key] for key in keys[rate]]) for rate in keys}
+                    best = max(scores, key=scores.__getitem__)
+                    if math.isfinite(scores[best]):
+                        rates[task, method.name] = best
         return rates
 
     def _chosen_from(self, task: str, method: Method, rate: str) -> list[tuple[str, str, str | None, int]]:
@@ -218,7 +260,7 @@ class Study:
             (on, method.name, rate, seed) for on in self.select_tasks or [task] for seed in range(self.select_seeds)
         ]
 
-    def _goodness(self, values: Sequence[float | None]) -> float:
+    def _mean_score(self, values: Sequence[float | None]) -> float:
         finite = [value for value in values if value is not None]
         assert self.select is not None
         return self.select.sign * sum(finite) / len(finite) if len(finite) == len(values) else -math.inf
@@ -239,6 +281,17 @@ class Study:
         for name, value in {"seed": str(seed), "task": task, "method": method.name}.items():
             words = [word.replace(f"{{{name}}}", value) for word in words]
         return [*words, "--seed", str(seed)]
+
+
+def _asks_for_ablations(words: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == "--cmp_num_ablations" for word in words)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def make_tasks(asked: Sequence[str] | Mapping[str, str | None] | None) -> dict[str, list[str]]:

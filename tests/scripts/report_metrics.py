@@ -19,7 +19,7 @@ if given.get("--fails") == str(seed):
     sys.exit(3)
 output = Path(given["--output_dir"])
 output.mkdir(parents=True)
-(output / "command.txt").write_text("\n".join([*words, "", os.environ.get("OMP_NUM_THREADS", "")]))
+(output / "command.txt").write_text("\n".join([*words, "", os.environ.get("SLOT", "")]))
 metrics = {
     "eval_accuracy": 0.8 + better - abs(rate - 1e-4),
     "test_accuracy": 0.7 + 0.01 * seed + better,
