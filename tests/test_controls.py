@@ -108,6 +108,16 @@ def test_longer_training_is_training_with_more_steps_and_as_much_more_warm_up(tm
     assert same_weights(ours.model, trained(tmp_path, max_steps=12, warmup_steps=6).model)
 
 
+def test_a_second_training_of_the_same_trainer_is_longer_too(tmp_path):
+    trainer = Trainer(
+        tiny_bert(), training_arguments(tmp_path, TrainingArguments, max_steps=2), train_dataset=token_data()
+    )
+    with Controls(epochs=3).applied():
+        for _ in range(2):
+            trainer.train()
+            assert trainer.state.global_step == 6
+
+
 def r_drop_by_hand(model, batch, weight):
     """From its paper: the mean of two draws' losses plus the symmetric divergence of their predictions."""
     doubled = {name: torch.cat([value, value]) for name, value in batch.items()}
