@@ -72,6 +72,11 @@ def test_a_run_reports_every_measure_of_the_study(files):
     assert found["epoch"] == 1  # 16 rows in batches of 8
 
 
+def test_losses_of_evaluations_are_log_losses_with_label_smoothing_too(files):
+    words = ["train_classifier.py", "--learning_rate", "0", "--label_smoothing_factor"]
+    assert run(files, *words, "0.5")["test_loss"] == run(files, *words, "0")["test_loss"]
+
+
 @pytest.mark.parametrize("part", ["heads", "neurons", "layers"])
 def test_an_ablation_of_ones_own_is_trained_with(part, files):
     found = run(files, "train_removable.py", "--ablate", part)

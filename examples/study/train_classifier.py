@@ -83,6 +83,7 @@ def main(make_trainer: Callable[..., Any] = Trainer, tokenize: Callable[..., Any
         compute_metrics=metrics_of,
     )
     found = trainer.train().metrics
+    trainer.label_smoother = None  # so that losses of evaluations are log losses, however it was trained
     found |= violation_rates(trainer.state.log_history)
     found |= trainer.evaluate()
     found |= trainer.evaluate(encode(test).sort("length"), metric_key_prefix="test")
