@@ -553,7 +553,7 @@ def test_differences_to_several_methods_stand_side_by_side(tmp_path):
     assert rows["more", "plain"] == pytest.approx(0.07)
     assert rows["more", "ours"] == pytest.approx(0.02)
     table = (tmp_path / "results.md").read_text()
-    assert "| difference to plain | better than plain | difference to ours | better than ours |" in table
+    assert "| difference to plain; wins | difference to ours; wins |" in table
     assert "+0.0200" in table
 
 

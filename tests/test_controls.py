@@ -212,7 +212,8 @@ def test_a_control_that_did_not_take_place_is_an_error(controls):
 def test_a_misspelt_control_is_not_passed_on_to_the_script(capsys):
     with pytest.raises(SystemExit):
         main([str(SCRIPT), "--control_nodropout"])
-    assert "--control_nodropout is not one of the controls (did you mean --control_no_dropout" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "--control_nodropout is not one of the controls (did you mean --control_no_dropout" in shown
 
 
 def test_a_script_that_exits_by_itself_is_checked_too(tmp_path, capsys):

@@ -23,7 +23,7 @@ _MARKERS = "osD^vP*Xph<>8d"
 
 
 def readable(results: Sequence[Summary], rates: Rates) -> pd.DataFrame:
-    """The rows of one metric as they are shown, with two columns for each method that they are compared with."""
+    """The rows of one metric as they are shown, with a column for each method that they are compared with."""
     against = list(dict.fromkeys(row.against for row in results))
     rows = [row for row in results if row.against == against[0]]
     compared = {(row.task, row.method, row.against): row for row in results}
@@ -35,9 +35,7 @@ def readable(results: Sequence[Summary], rates: Rates) -> pd.DataFrame:
     shown[rows[0].metric] = [_with_spread(row) for row in rows]
     for other in against:
         of_other = [compared.get((row.task, row.method, other)) for row in rows]
-        shown[f"difference to {other}"] = [_with_interval(row) for row in of_other]
-        better = [f"{row.wins} of {row.pairs}" if row and row.method != other else "" for row in of_other]
-        shown[f"better than {other}"] = better
+        shown[f"difference to {other}; wins"] = [_with_interval(row) for row in of_other]
     shown["runs"] = [row.runs for row in rows]
     if len({row.tasks for row in rows}) > 1:
         shown["tasks"] = [row.tasks for row in rows]
@@ -51,8 +49,8 @@ def readable(results: Sequence[Summary], rates: Rates) -> pd.DataFrame:
 def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], rates: Rates, notes: Sequence[str] = ()) -> str:
     """All tables, each with a heading, how to read them, and what else has to be known."""
     parts = [
-        "Differences are over pairs of runs with the same seed, with a 95 % interval; `better than` counts the pairs "
-        "in which a method is better. Seconds are the median of a training.",
+        "Differences are over pairs of runs with the same seed, with a 95 % interval and the number of pairs that the "
+        "method wins. Seconds are the median of a training.",
         *notes,
     ]
     for metric in metrics:
@@ -163,4 +161,5 @@ def _with_spread(row: Summary) -> str:
 def _with_interval(row: Summary | None) -> str:
     if row is None or row.method == row.against or math.isnan(row.difference):
         return ""
-    return f"{row.difference:+.4f}" + ("" if math.isnan(row.low) else f" ({row.low:+.4f} to {row.high:+.4f})")
+    ends = "" if math.isnan(row.low) else f" ({row.low:+.4f} to {row.high:+.4f})"
+    return f"{row.difference:+.4f}{ends}; {row.wins} of {row.pairs}"
