@@ -50,10 +50,11 @@ DEFAULT = ("plain", "no-dropout", "plain-3x", "comparative-2")
 
 
 def make_methods(asked: Iterable[str] | Mapping[str, str | None] | None) -> list[Method]:
-    """Methods from `NAME` (one that is built in), `NAME=ARGUMENTS` or `all`; the first is what others are compared to.
+    """Methods from `NAME` (built in), `NAME=ARGUMENTS`, or `all` that are built in.
 
     Args:
-        asked: as given on the command line; or by name, with their arguments or None; the default ones where None.
+        asked: as given on the command line, or a mapping from names to arguments, None for a built-in method; None for
+            the default methods.
 
     Raises:
         ValueError: a name that is not built in and has no arguments, or the same name twice.

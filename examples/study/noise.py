@@ -9,7 +9,7 @@ DROPPED, MISTYPED = 0.15, 0.15  # share of the words
 
 
 def without_words(text: str, draw: random.Random) -> str:
-    """Without about 15 % of its words; whole where none would be left.
+    """Without about 15 % of its words; unchanged if no word would remain.
 
     >>> without_words("one two three four five six seven eight", random.Random(1))
     'two three four five six seven eight'

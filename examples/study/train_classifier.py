@@ -1,7 +1,7 @@
 """Train a classifier on a part of a table, then measure it: on its test rows, under noise, and with parts taken away.
 
     python examples/study/train_classifier.py --model_name_or_path MODEL --train_file train.jsonl \\
-        --test_file test.jsonl --train_rows 500 --seed 1 --output_dir runs/one --do_train
+        --test_file test.jsonl --train_rows 500 --seed 1 --output_dir runs/one
 
 An ordinary script for the Trainer, which knows nothing of comparative loss: `cmp-trainer compare` runs it by every
 method of the study. Training and validation rows are drawn from the training file by --seed.
