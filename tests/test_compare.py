@@ -293,6 +293,16 @@ def test_diverged_runs_are_counted_and_leave_the_other_pairs():
     assert shown["loss"][2] == "all diverged"
 
 
+def test_a_star_marks_an_interval_that_excludes_zero():
+    plain = [record(seed=seed, acc=0.5, loss=1.0) for seed in range(3)]
+    ours = [record(method="ours", seed=seed, acc=0.6 + seed / 100, loss=1 + (seed - 1) / 10) for seed in range(3)]
+    metrics = [Metric.parse("acc"), Metric.parse("loss")]
+    rows = [row for metric in metrics for row in summarize(plain + ours, metric, ["plain", "ours"], "plain")]
+    shown = report.overview(rows)
+    assert list(shown["acc"]) == ["0.5000", "0.6100*"]
+    assert list(shown["loss"]) == ["1.0000", "1.0000"]
+
+
 def test_a_method_that_lacks_tasks_is_shown_with_their_number():
     records = [record(task, method, seed, acc=0.1) for task in "ab" for method in ("plain", "ours") for seed in (0, 1)]
     rows = summarize(records[:-2], Metric.parse("acc"), ["plain", "ours"], "plain")
@@ -344,6 +354,8 @@ def test_a_study_ends_in_tables_numbers_and_a_plot(tmp_path, capsys):
     assert written == {
         *("runs.jsonl", "runs", "results.csv", "results.json", "results.md", "test_accuracy.png", "test_loss.png")
     }
+    overview = (tmp_path / "results.md").read_text().partition("## Overview")[2].partition("##")[0]
+    assert "| ours | 0.7600 | 0.4500 | 2.00 |" in overview  # no star: all differences are the same number
     ours = next(row for row in results(tmp_path) if row["method"] == "ours")
     assert (ours["mean"], ours["difference"]) == (pytest.approx(0.76), pytest.approx(0.05))
 

@@ -46,6 +46,20 @@ def readable(results: Sequence[Summary], rates: Rates) -> pd.DataFrame:
     return shown
 
 
+def overview(results: Sequence[Summary]) -> pd.DataFrame:
+    """The means of all metrics, over all tasks if there are several; a star where an interval excludes 0."""
+    first, task = results[0].against, results[0].task
+    rows = [row for row in results if (row.against, row.task) == (first, task)]
+    methods, metrics = list(dict.fromkeys(row.method for row in rows)), list(dict.fromkeys(row.metric for row in rows))
+    cells = {(row.method, row.metric): f"{row.mean:.4f}{'*' if row.low > 0 or row.high < 0 else ''}" for row in rows}
+    shown = pd.DataFrame({"method": methods})
+    for metric in metrics:
+        shown[metric] = [cells.get((method, metric), "") for method in methods]
+    times = {row.method: row.times for row in rows}
+    shown[f"x {first}"] = [f"{times[method]:.2f}" for method in methods]
+    return shown
+
+
 def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], rates: Rates, notes: Sequence[str] = ()) -> str:
     """All tables, each with a heading, how to read them, and what else has to be known."""
     parts = [
@@ -53,6 +67,10 @@ def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], rates: Ra
         "method wins. Seconds are the median of a training.",
         *notes,
     ]
+    if len(metrics) > 1:
+        where, first = " over all tasks" if results[0].task == ALL_TASKS else "", results[0].against
+        title = f"## Overview{where} (*: the interval of the difference to {first} excludes 0)"
+        parts.append(f"{title}\n\n{as_markdown_table(overview(results))}")
     for metric in metrics:
         direction = "higher" if metric.greater_is_better else "lower"
         for title, rows in _parts(results, metric):
