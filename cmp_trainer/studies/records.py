@@ -92,9 +92,9 @@ def mixed_conditions(records: Sequence[Record], script: str) -> list[str]:
     earlier = [one for one in records if one.get("script_sha256") not in (None, script_digest(script))]
     if earlier:
         notes.append(f"{len(earlier)} of {len(records)} runs were made by another version of {script}.")
-    sharing = {(one.get("jobs"), one.get("threads")) for one in records}
+    sharing = sorted({f"{one.get('jobs')} x {one.get('threads') or 'unknown'}" for one in records})
     if len(sharing) > 1:
-        shown = ", ".join(f"{jobs} x {threads or 'unknown'}" for jobs, threads in sorted(sharing, key=str))
+        shown = ", ".join(sharing)
         notes.append(f"Runs shared the machine in different ways (jobs x threads: {shown}): compare times with care.")
     for name in ("versions", "launcher"):
         given = sorted({str(one[name]) for one in records if name in one})
