@@ -161,11 +161,11 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "compare",
         help="run a script with several methods and seeds, and compare",
         usage="cmp-trainer compare script.py [the script's own arguments …] --metric NAME --output FOLDER [options]",
-        description="Run a Hugging Face script several times, methods x seeds, each run as a process of its own, and "
-        "write a table, its numbers and a plot: which method is better, by how much, and at what cost. What has "
-        "finished is not run again, so the same command continues an interrupted study.",
-        epilog="In the arguments, {seed}, {task} and {method} are replaced; --seed and --output_dir are added. What "
-        "stands after -- belongs to the script.",
+        description="Run a Hugging Face script with every method and seed, each run in its own process, and write "
+        "tables and a plot for each metric that compare the methods' results and training times. Finished runs are "
+        "skipped, so repeat the command to resume an interrupted study.",
+        epilog="In the arguments, {seed}, {task} and {method} are replaced; --seed and --output_dir are added. "
+        "Arguments after -- are passed to the script.",
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -98,7 +98,9 @@ class Options:
         )
         for option, names in (("--method", [one.name for one in study.methods]), ("--task", list(study.tasks))):
             if len({slug(name) for name in names}) < len(names):
-                raise ValueError(f"{option}: these names make the same folder, rename one: {', '.join(names)}")
+                raise ValueError(
+                    f"{option}: two of these names map to the same folder, rename one: {', '.join(names)}"
+                )
         return study
 
     def runner(self, study: Study) -> Runner:
@@ -185,12 +187,14 @@ def _report(study: Study, folder: Path) -> None:
     without_rate = [pair for pair in study.pairs() if pair not in rates]
     if without_rate:
         shown = "; ".join(", ".join(part for part in pair if part) for pair in without_rate)
-        notes.append(f"No learning rate is chosen, as runs are missing or diverged at every rate: {shown}.")
+        notes.append(
+            f"No learning rate was chosen for {shown}: selection runs are missing, or one diverged at every rate."
+        )
     edges = study.at_edge(rates)
     if edges:
         notes.append(
-            f"{len(edges)} of {len(rates)} learning rates chosen are the lowest or the highest of --learning_rates: "
-            "a wider choice may be fairer."
+            f"Chosen learning rates at the edge of --learning_rates: {len(edges)} of {len(rates)}. A wider grid may "
+            "contain better ones."
         )
     methods, metrics = [method.name for method in study.methods], list(study.metrics)
     results = [

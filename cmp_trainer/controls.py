@@ -116,8 +116,8 @@ class Controls:
         accumulated = trainer.args.gradient_accumulation_steps
         if self.r_drop is not None and accumulated > 1:
             raise ValueError(
-                f"--control_r_drop with --gradient_accumulation_steps {accumulated}: models scale their losses in "
-                "different ways there, and the divergence could not follow; use one batch a step"
+                f"--control_r_drop with --gradient_accumulation_steps {accumulated}: models scale their losses "
+                "differently there, so the divergence would get the wrong weight; set --gradient_accumulation_steps 1"
             )
 
     def _training_step(self, step: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +186,9 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the controls alone."""
     parser = argparse.ArgumentParser(prog="python -m cmp_trainer.controls", add_help=False, allow_abbrev=False)
     parser.add_argument("--control_no_dropout", action="store_true", help="no dropout in training")
-    parser.add_argument("--control_epochs", type=float, default=1.0, help="so many times the epochs or steps")
+    parser.add_argument(
+        "--control_epochs", type=float, default=1.0, help="multiply the number of epochs or steps by this factor"
+    )
     parser.add_argument("--control_r_drop", type=float, help="R-Drop with this weight")
     return parser
 

@@ -89,7 +89,7 @@ def script_digest(path: str) -> str:
 def mixed_conditions(records: Sequence[Record], script: str) -> list[str]:
     """What a reader of the results has to know: runs that differ in the script's version, libraries or machine."""
     notes = []
-    earlier = [one for one in records if one.get("script_sha256") not in (None, script_digest(script))]
+    earlier = [one for one in records if one.get("script_sha256") != script_digest(script)]
     if earlier:
         notes.append(f"{len(earlier)} of {len(records)} runs were made by another version of {script}.")
     sharing = sorted({f"{one.get('jobs')} x {one.get('threads') or 'unknown'}" for one in records})
@@ -97,7 +97,7 @@ def mixed_conditions(records: Sequence[Record], script: str) -> list[str]:
         shown = ", ".join(sharing)
         notes.append(f"Runs shared the machine in different ways (jobs x threads: {shown}): compare times with care.")
     for name in ("versions", "launcher"):
-        given = sorted({str(one[name]) for one in records if name in one})
+        given = sorted({str(one[name] or "none") for one in records if name in one})
         if len(given) > 1:
             notes.append(f"Runs had different {name.rstrip('s')}s: {'; '.join(given)}.")
     return notes

@@ -63,13 +63,14 @@ def overview(results: Sequence[Summary]) -> pd.DataFrame:
 def as_markdown(results: Sequence[Summary], metrics: Sequence[Metric], rates: Rates, notes: Sequence[str] = ()) -> str:
     """All tables, each with a heading, how to read them, and what else has to be known."""
     parts = [
-        "Differences are over pairs of runs with the same seed, with a 95 % interval and the number of pairs that the "
-        "method wins. Seconds are the median of a training.",
+        "Differences are means over pairs of runs with the same seed, the row's method minus the other, with a 95 % "
+        "interval and the number of pairs that the method wins. Seconds are the median training time; over all tasks, "
+        "the mean of the tasks' medians.",
         *notes,
     ]
     if len(metrics) > 1:
         where, first = " over all tasks" if results[0].task == ALL_TASKS else "", results[0].against
-        title = f"## Overview{where} (*: the interval of the difference to {first} excludes 0)"
+        title = f"## Overview{where} (*: the interval of the difference to {first} excludes 0, for better or worse)"
         parts.append(f"{title}\n\n{as_markdown_table(overview(results))}")
     for metric in metrics:
         direction = "higher" if metric.greater_is_better else "lower"

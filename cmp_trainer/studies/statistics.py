@@ -1,7 +1,7 @@
 """What the runs of a study say: means, paired differences with their intervals, wins and costs.
 
 Runs with the same seed are a pair: they draw the same data and initial weights, and usually the same order, so their
-difference varies less than the runs do.
+difference usually varies less than that of runs with different seeds.
 
 - **One task.** The interval of the mean difference is that of the paired t-test.
 - **Several tasks.** The mean over tasks of the mean difference. Its variance comes from the seeds within each task,
