@@ -105,8 +105,7 @@ class Options:
 
     def runner(self, study: Study) -> Runner:
         """How it is run."""
-        required = [*study.metrics, *([study.select] if study.select else [])]
-        return Runner(self.script, Path(self.output), required, self.jobs, self.launcher, self.discard)
+        return Runner(self.script, Path(self.output), study.reported_metrics, self.jobs, self.launcher, self.discard)
 
 
 @plain_errors()
@@ -155,7 +154,7 @@ def _checked_records(study: Study, folder: Path, runs: Sequence[Run]) -> list[di
     require_same_arguments(records, runs, study.script, folder)
     keys = {run.key for run in runs}
     records = [one for one in records if record_key(one) in keys]
-    require_metrics(records, [*study.metrics, *([study.select] if study.select else [])])
+    require_metrics(records, study.reported_metrics)
     return records
 
 
@@ -246,12 +245,19 @@ def _read_study(path: str) -> dict[str, Any]:
 def _converted(path: str, name: str, value: Any, kind: type) -> Any:
     expected = {int: "a whole number", bool: "true or false", list: "words"}.get(kind, "text")
     error = ValueError(f"{path}: {name}: expected {expected}, not {value!r}")
+    if name in ("method", "task") and isinstance(value, dict):
+        unreadable = [text for text in value.values() if not isinstance(text, str | None)]
+        if unreadable:
+            raise ValueError(f"{path}: {name}: expected arguments as text, not {unreadable[0]!r}")
+        return value
     if name in ("method", "task"):
-        return [value] if isinstance(value, str) else value
+        kind, value = list, [value] if isinstance(value, str) else value
     if isinstance(value, list):
         if kind is not list:
             raise error
-        return [str(one) for one in value]
+        if not all(isinstance(one, str) for one in value):
+            raise error
+        return value
     if not isinstance(value, str):
         raise error
     if kind is list:

@@ -617,6 +617,8 @@ def test_names_and_empty_values_of_a_study_are_taken_as_they_stand(tmp_path):
         ("jobs: [1]", "jobs: expected a whole number"),
         ("arguments: {do_train: true}", "arguments: expected words"),
         ("script: [a, b]", "script: expected text"),
+        ("method: {plain: [--x, 1]}", "method: expected arguments as text"),
+        ("task: [{a: --x}]", "task: expected"),
         ("- seeds", "must hold names and values"),
     ],
 )

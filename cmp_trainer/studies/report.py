@@ -103,7 +103,7 @@ def write(folder: Path, results: Sequence[Summary], settings: Mapping[str, Any],
         pd.DataFrame(rows).to_csv(file, index=False, float_format="%.6g")
     numbers = [{name: None if value != value else value for name, value in row.items()} for row in rows]  # NaN
     with written_whole(files[1]) as file:
-        file.write_text(json.dumps({"study": settings, "results": numbers}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({"study": settings, "results": numbers}) + "\n", encoding="utf-8")
     return files
 
 

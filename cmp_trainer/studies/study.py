@@ -209,6 +209,11 @@ class Study:
             if "--test_file" in files and files["--test_file"] == files.get("--validation_file"):
                 raise ValueError(f"--test_file and --validation_file are both {files['--test_file']}; use two files")
 
+    @property
+    def reported_metrics(self) -> list[Metric]:
+        """What every run has to report: the metrics, and the one that selects."""
+        return [*self.metrics, *([self.select] if self.select else [])]
+
     def pairs(self) -> list[tuple[str, str]]:
         """Every (task, method)."""
         return [(task, method.name) for task in self.tasks for method in self.methods]
