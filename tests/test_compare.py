@@ -656,6 +656,13 @@ def test_a_study_is_run_by_one_process_at_a_time(tmp_path, capsys):
         compare(tmp_path, "--seeds", "1", "--report")  # which only reads
 
 
+def test_an_output_folder_that_cannot_be_made_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        compare(tmp_path / "file" / "study", "--seeds", "1")
+    assert f"--output {tmp_path / 'file' / 'study'} cannot be written: Not a directory" in capsys.readouterr().err
+
+
 def test_runs_of_an_earlier_script_and_times_that_do_not_compare_are_told(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("1\n")

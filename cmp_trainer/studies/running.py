@@ -129,16 +129,18 @@ class Runner:
         """In the body, no other process runs this study.
 
         Raises:
-            ValueError: another one does.
+            ValueError: another one does, or nothing can be written there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock", timeout=0)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"another cmp-trainer compare is running in {self.folder}; wait for it, or pass another --output"
-            ) from None
+        except OSError as error:
+            if isinstance(error, Timeout):  # which is an OSError too
+                raise ValueError(
+                    f"another cmp-trainer compare is running in {self.folder}; wait for it, or pass another --output"
+                ) from None
+            raise ValueError(f"--output {self.folder} cannot be written: {error.strerror or error}") from error
         try:
             yield
         finally:
