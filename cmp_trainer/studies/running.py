@@ -135,11 +135,11 @@ class Runner:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"another cmp-trainer compare is running in {self.folder}; wait for it, or pass another --output"
+            ) from None
         except OSError as error:
-            if isinstance(error, Timeout):  # which is an OSError too
-                raise ValueError(
-                    f"another cmp-trainer compare is running in {self.folder}; wait for it, or pass another --output"
-                ) from None
             raise ValueError(f"--output {self.folder} cannot be written: {error.strerror or error}") from error
         try:
             yield
