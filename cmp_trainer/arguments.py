@@ -8,6 +8,7 @@ import copy
 import math
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Real
 from typing import Any, Literal, Self, cast, get_args
 
@@ -17,6 +18,7 @@ from cmp_trainer.ablations.crop import CmpCrop, CropOrder
 from cmp_trainer.ablations.drop import CmpDrop, Growth
 from cmp_trainer.ablations.plan import plan
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.ablations.skip import CmpSkip, SkipOrder
 from cmp_trainer.losses.comparative import ComparativeLoss, NamedBaseline, Primary, Ranking, RegularizedLoss
 
 Objective = Literal["comparative", "regularized"]
@@ -34,9 +36,16 @@ class CmpTrainingArguments(TrainingArguments):
         cmp_num_ablations (`int`, defaults to 0):
             c, how many ablated variants are compared with the full model. 0 is the plain Trainer, bit for bit.
         cmp_num_crops (`int`, defaults to 0):
-            How many of the c ablations cut input context (CmpCrop); the others drop hidden neurons (CmpDrop).
+            How many of the c ablations cut input context (CmpCrop).
         cmp_crop_order (`str`, defaults to `"random"`):
             Which segments a crop keeps: `random` ones, or a `prefix` of them.
+        cmp_num_skips (`int`, defaults to 0):
+            How many of the c ablations skip layers (CmpSkip). What is neither a crop nor a skip drops hidden neurons
+            (CmpDrop).
+        cmp_skip_layers (`list[int]`, *optional*):
+            How many layers the first skip leaves out, the second, …; by default a third of the model's and a half.
+        cmp_skip_order (`str`, defaults to `"random"`):
+            Which layers are skipped: `random` ones but the first, or the `top` ones, which is almost free.
         cmp_dropout_schedule (`str`, defaults to `"compound"`):
             How the rate grows with the number k of drops: `compound` 1 - (1 - p)^k, `linear` k * p.
         cmp_dropout_rates (`list[float]`, *optional*):
@@ -88,6 +97,14 @@ class CmpTrainingArguments(TrainingArguments):
     )
     cmp_num_crops: int = field(
         default=0, metadata={"help": "How many of the ablations are CmpCrop (input context); the others are CmpDrop."}
+    )
+    cmp_num_skips: int = field(default=0, metadata={"help": "How many of the ablations are CmpSkip (whole layers)."})
+    cmp_skip_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "How many layers each skip leaves out, increasing; a third of them and a half if unset."},
+    )
+    cmp_skip_order: SkipOrder = field(
+        default="random", metadata={"help": "Which layers are skipped: random ones but the first, or the top ones."}
     )
     cmp_crop_order: CropOrder = field(
         default="random", metadata={"help": "Which segments a crop keeps: random ones, or a prefix of them."}
@@ -158,6 +175,7 @@ class CmpTrainingArguments(TrainingArguments):
             )
         _check_numbers(self)
         _check_counts(self)
+        _check_skips(self)
         _check_dropout(self)
         _check_layers(self)
         _check_objective(self)
@@ -174,9 +192,21 @@ class CmpTrainingArguments(TrainingArguments):
         return CmpCrop(order=self.cmp_crop_order)
 
     @property
+    def cmp_skip(self) -> CmpSkip:
+        """CmpSkip as the arguments describe it, also where no skips are asked for."""
+        return CmpSkip(tuple(self.cmp_skip_layers) if self.cmp_skip_layers else None, self.cmp_skip_order)
+
+    @property
     def cmp_ablations(self) -> list[Ablation]:
         """The ablations that the arguments ask for, from least to most ablated."""
-        return plan(self.cmp_num_ablations, self.cmp_num_crops, self.cmp_drop, self.cmp_crop)
+        return plan(
+            self.cmp_num_ablations,
+            self.cmp_num_crops,
+            self.cmp_drop,
+            self.cmp_crop,
+            num_skips=self.cmp_num_skips,
+            skip=self.cmp_skip,
+        )
 
     @property
     def cmp_objective_function(self) -> ComparativeLoss | RegularizedLoss:
@@ -223,6 +253,7 @@ class CmpSeq2SeqTrainingArguments(CmpTrainingArguments, Seq2SeqTrainingArguments
 
 _CHOICES = {
     "cmp_crop_order": get_args(CropOrder),
+    "cmp_skip_order": get_args(SkipOrder),
     "cmp_dropout_schedule": get_args(Growth),
     "cmp_objective": get_args(Objective),
     "cmp_ranking": get_args(Ranking),
@@ -258,8 +289,24 @@ def _check_counts(args: CmpTrainingArguments) -> None:
     _require(not (args.cmp_low_memory and args.cmp_forward == "stacked"), "cmp_forward", args.cmp_forward, fix)
 
 
+def _check_skips(args: CmpTrainingArguments) -> None:
+    skips, others, layers = args.cmp_num_skips, args.cmp_num_ablations - args.cmp_num_crops, args.cmp_skip_layers
+    _require(isinstance(skips, int) and skips >= 0, "cmp_num_skips", skips, "must be a non-negative integer")
+    fix = f"is more than the {others} of --cmp_num_ablations {args.cmp_num_ablations} that are no crops"
+    _require(skips <= others, "cmp_num_skips", skips, f"{fix}; raise that or lower this")
+    if layers is None:
+        return
+    whole = isinstance(layers, list | tuple) and all(isinstance(one, int) for one in layers)
+    increasing = whole and all(low < high for low, high in pairwise((0, *layers)))
+    fix = "must be whole numbers that increase from 1 on, such as 2 3: how many layers each skip leaves out"
+    _require(bool(layers) and increasing, "cmp_skip_layers", layers, fix)
+    if args.cmp_num_ablations:
+        fix = f"are {len(layers)} numbers for --cmp_num_skips {skips}; give one for each skip"
+        _require(len(layers) == skips, "cmp_skip_layers", layers, fix)
+
+
 def _check_dropout(args: CmpTrainingArguments) -> None:
-    drops = args.cmp_num_ablations - args.cmp_num_crops
+    drops = args.cmp_num_ablations - args.cmp_num_crops - args.cmp_num_skips
     rates, base_rate, growth = args.cmp_dropout_rates, args.cmp_dropout, args.cmp_dropout_schedule
     _require(
         base_rate is None or 0 < base_rate < 1,
@@ -289,15 +336,13 @@ def _check_dropout(args: CmpTrainingArguments) -> None:
 
 
 def _check_layers(args: CmpTrainingArguments) -> None:
-    layers, ablations, crops = args.cmp_ablated_layers, args.cmp_num_ablations, args.cmp_num_crops
-    name = "cmp_ablated_layers"
+    layers, ablations, name = args.cmp_ablated_layers, args.cmp_num_ablations, "cmp_ablated_layers"
+    others = args.cmp_num_crops + args.cmp_num_skips
     is_number = isinstance(layers, int) and not isinstance(layers, bool) and layers > 0
     fix = "must be 1 or more: how many of the top layers are ablated; leave it out to ablate all of them"
     _require(layers is None or is_number, name, layers, fix)
-    fix = (
-        f"has no effect on crops, and all {ablations} ablations are crops; remove it, or lower --cmp_num_crops {crops}"
-    )
-    _require(layers is None or not ablations or crops < ablations, name, layers, fix)
+    fix = f"is about drops, and all {ablations} ablations are crops or skips; remove it, or ask for fewer of these"
+    _require(layers is None or not ablations or others < ablations, name, layers, fix)
 
 
 def _check_objective(args: CmpTrainingArguments) -> None:

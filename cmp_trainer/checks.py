@@ -29,6 +29,7 @@ from cmp_trainer.execution.boundary import REENTRANT, CannotShare
 from cmp_trainer.execution.compiled import backends
 from cmp_trainer.execution.forwards import Forwards, own_containers, versions
 from cmp_trainer.execution.intercept import Intercept
+from cmp_trainer.execution.layers import NoStack, Stack
 from cmp_trainer.execution.one_forward import inner_model, is_data_parallel, modules_of
 from cmp_trainer.execution.processes import num_processes
 from cmp_trainer.execution.random_state import RandomState
@@ -329,6 +330,37 @@ STEP_CHECKS: tuple[Callable[[Any], str | None], ...] = (
 )
 
 
+def check_skips(step: Any, model: nn.Module, stack: Stack) -> None:
+    """The layers that the variants skip, now that the stack is known.
+
+    Raises:
+        NoStack: the stack has no such layers, or they cannot be left out.
+    """
+    num_layers, name = len(stack.layers), stack.name
+    for number, kind in enumerate(step.kinds):
+        if not kind.skips_layers:
+            continue
+        try:
+            counts = [len(kind.skipped_layers(variant.levels[number], num_layers)) for variant in step.variants]
+        except ValueError as error:
+            raise NoStack(f"{name}, the stack of {type(model).__name__}: {error}") from error
+        if counts[-1] and any(carry is None for carry in stack.carries[1:]):
+            raise NoStack(
+                f"{type(kind).__name__} cannot skip layers of {name}, the stack of {type(model).__name__}: they "
+                "change the shape of what they are given, or are spread over several lists."
+            )
+        if num_processes() > 1 and getattr(kind, "order", None) == "random" and _is_sharded(step.model):
+            raise NoStack(
+                "processes that share their weights have to run the same layers, and random ones differ between "
+                "them; skip the top ones (--cmp_skip_order top)."
+            )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    modules = list(model.modules())
+    return any(hasattr(one, "_get_fsdp_state") or type(one).__name__ == "FullyShardedDataParallel" for one in modules)
+
+
 # --- on the first batch ---
 
 
@@ -435,16 +467,15 @@ def _why_nothing_drops(sites: Sequence[tuple[str, float, bool]], drop: CmpDrop, 
 
 
 def _nothing_ablated(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
-    """An ablation of the user's own changes no example's loss at some level."""
+    """Skipped layers, or an ablation of the user's own, change no example's loss at some level."""
     own = [number for number, kind in enumerate(step.kinds) if not isinstance(kind, (CmpDrop, CmpCrop))]
     if not own:
         return None
-    losses = step.losses(batches[step.variants[0].levels], forwards.loss_fn)
-    if losses is None:
-        return None
+    with torch.no_grad():
+        values = [step._read(forwards, step._plan, batches, variant).values for variant in step.variants]
     for number, (before, variant) in enumerate(zip(step.variants, step.variants[1:], strict=False)):
         kind = next(kind for kind in range(len(step.kinds)) if variant.levels[kind] > before.levels[kind])
-        if kind in own and torch.equal(losses.values[..., number], losses.values[..., number + 1]):
+        if kind in own and torch.equal(values[number], values[number + 1]):
             return (
                 f"the variants {before.name} and {variant.name} have the same losses: "
                 f"{type(step.kinds[kind]).__name__} takes nothing away at level {variant.levels[kind]}."
@@ -542,15 +573,14 @@ def _differs_without_graph(step: Any, forwards: Forwards, full: Any, shares: Sha
 
 
 def _shares_lower(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> bool:
-    """Whether running the lower layers once gives what running them for each variant gives."""
-    if step.ablated_layers is None:
+    """Whether running once what variants have in common gives what running it for each of them gives."""
+    if forwards.boundary is None:
         return False
-    lowers = lower_parts(step.kinds, [variant.levels for variant in step.variants])
+    lowers = lower_parts(step.kinds, [variant.levels for variant in step.variants], forwards.boundary)
     groups = [[one for one in step.variants if lowers.get(one.levels) is lower] for lower in set(lowers.values())]
     if not groups:
         return False  # each variant has an input of its own
     group = max(groups, key=len)
-    assert forwards.boundary is not None
     plan, written = step._plan, forwards.boundary.written
     try:
         separate = _shares_and_gradients(step, forwards, plan, batches, (group[0], group[-1]), None)
@@ -574,16 +604,15 @@ def _shares_lower(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -
         raise
     except Exception as error:  # of the model or the loss, which both did in separate forwards
         reason = f"a forward with shared layers fails ({error})."
-    warn_of_separate_layers(step.ablated_layers, reason)
+    warn_of_separate_layers(reason)
     return False
 
 
-def warn_of_separate_layers(num_layers: int, reason: object) -> None:
-    """Say why the layers below the top ones run for each variant."""
+def warn_of_separate_layers(reason: object) -> None:
+    """Say why the layers that variants have in common run for each of them."""
     logger.warning(
-        "the layers below the top %d cannot be shared, so they run once for each variant: slower, with the same "
-        "result. Reason: %s",
-        num_layers,
+        "layers that the variants have in common cannot be shared, so they run once for each variant: slower, with "
+        "the same result. Reason: %s",
         reason,
     )
 
@@ -623,7 +652,10 @@ def _stacking(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> St
     """
     full = batches[step.variants[0].levels]
     stackable = getattr(forwards.loss_fn, "stackable", False)
-    if step.low_memory or not step.prefers_stacked(full) or (step.forward == "auto" and not stackable):
+    skips = any(kind.skips_layers for kind in step.kinds)
+    if step.low_memory or not step.prefers_stacked(full):
+        return None
+    if step.forward == "auto" and (skips or not stackable):
         return None
     try:
         if not stackable:

@@ -251,8 +251,8 @@ class ComparativeStep:
                 end = self._run(forwards, batches, devices)
             except CannotShare as error:
                 if num_processes() > 1:  # which do equally many forwards
-                    raise CannotShare(f"{error} That is new in this batch; leave out --cmp_ablated_layers.") from error
-                checks.warn_of_separate_layers(self._boundary.num_layers if self._boundary else 0, error)
+                    raise CannotShare(f"{error} That is new in this batch; use one process.") from error
+                checks.warn_of_separate_layers(error)
                 self._shares_lower = False
                 end = self._run(forwards, batches, devices)
         self._batches_seen += 1
@@ -364,8 +364,10 @@ class ComparativeStep:
         return self._plans[True]
 
     def _lowers(self) -> dict[tuple[int, ...], Lower]:
-        """By the levels of each variant, what it shares with others below the boundary."""
-        return lower_parts(self.kinds, [one.levels for one in self.variants]) if self._shares_lower else {}
+        """By the levels of each variant, the layers that it shares with others."""
+        if self._boundary is None or not self._shares_lower:
+            return {}
+        return lower_parts(self.kinds, [one.levels for one in self.variants], self._boundary)
 
     def _full(self, forwards: Forwards, batch: Any, lower: Lower | None = None) -> tuple[Forward, Shares | None]:
         """The full model's loss and shares, planned anew where the plan does not fit this batch."""
@@ -471,8 +473,9 @@ class ComparativeStep:
         return () if self._boundary is None else self._boundary.modules
 
     def _find_boundary(self, batch: Any, loss_fn: LossFunction) -> None:
-        """Find the layers that are ablated, where the caller asked for the top ones only."""
-        if self.ablated_layers is None or self._boundary is not None:
+        """Find the stack of layers, where layers are skipped or the top ones alone are ablated."""
+        skips = any(kind.skips_layers for kind in self.kinds)
+        if self._boundary is not None or not (skips or self.ablated_layers is not None):
             return
         full = self.variants[0]
         devices = self.devices(batch)
@@ -480,6 +483,7 @@ class ComparativeStep:
             batch = own_containers(self._batches(batch, [full])[full.levels], copy_tensors=True)
             forwards = self._forwards(model, loss_fn, None)
             stack = find_stack(model, lambda: forwards.run(batch, full.levels, only=set()), self.ablated_layers)
+            checks.check_skips(self, model, stack)
         self._boundary = Boundary(stack, self.ablated_layers)
 
     def _forwards(self, model: nn.Module, loss_fn: LossFunction, start: RandomState | None) -> Forwards:
@@ -537,9 +541,12 @@ class ComparativeStep:
         how += ", without a graph first and then with one (low memory)" if self.low_memory else ""
         if self._boundary is not None:
             stack = self._boundary.stack
+            where = f"the {len(stack.layers)} layers of {stack.name}"
             once = "once" if self._shares_lower else "for each variant"
-            how += f"; the top {self.ablated_layers} of {len(stack.layers)} layers ({stack.name}) are ablated, those "
-            how += f"below run {once}"
+            if self.ablated_layers is not None:
+                how += f"; neurons of the top {self.ablated_layers} of {where} are ablated, those below run {once}"
+            if any(kind.skips_layers for kind in self.kinds):
+                how += f"; some of {where} are skipped, what variants have in common runs {once}"
         rest = " The part of it that belongs to no example is added once, from the full model."
         return (
             f"comparing {', '.join(variant.name for variant in self.variants)} {how}. The loss comes from "

@@ -599,7 +599,7 @@ def test_layers_with_crops_only_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="--cmp_ablated_layers 1 has no effect on CmpCrop"):
         ComparativeStep(tiny_bert(), [CmpCrop()], ablated_layers=1)
     with pytest.raises(
-        ValueError, match="--cmp_ablated_layers 1 has no effect on crops, and all 2 ablations are crops"
+        ValueError, match="--cmp_ablated_layers 1 is about drops, and all 2 ablations are crops or skips"
     ):
         cmp_trainer(tmp_path, cmp_num_ablations=2, cmp_num_crops=2, cmp_ablated_layers=1)
 

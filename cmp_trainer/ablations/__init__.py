@@ -1,4 +1,4 @@
-"""What is taken away: hidden neurons, input context, or what an ablation of your own takes away."""
+"""What is taken away: hidden neurons, layers, input context, or what an ablation of your own takes away."""
 
 from cmp_trainer.ablations.protocol import Ablation
 

@@ -1,8 +1,8 @@
 """Which variants of the model one training step compares.
 
 Variant 0 is the full model. Each of the c ablations starts from the variant before it and removes more of ONE kind:
-one more cumulative dropout (CmpDrop), one more cut of the input context (CmpCrop), or whatever an ablation of one's
-own takes away. A variant is a level of every kind.
+one more cumulative dropout (CmpDrop), one more cut of the input context (CmpCrop), more layers left out (CmpSkip), or
+whatever an ablation of one's own takes away. A variant is a level of every kind.
 
 Source: https://doi.org/10.1145/3652599 and its published implementation.
 """
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.ablations.skip import CmpSkip
 
 
 class Variant(NamedTuple):
@@ -23,36 +24,40 @@ class Variant(NamedTuple):
 
 
 def plan(
-    num_ablations: int, num_crops: int = 0, drop: Ablation | None = None, crop: Ablation | None = None
+    num_ablations: int,
+    num_crops: int = 0,
+    drop: Ablation | None = None,
+    crop: Ablation | None = None,
+    *,
+    num_skips: int = 0,
+    skip: Ablation | None = None,
 ) -> list[Ablation]:
-    """The ablations of a run with drops and crops, in the published order: crop, drop, crop, drop, … until one kind
-    is used up, then the rest of the other.
+    """The ablations of a run, in the published order: crop, drop, crop, drop, … until one kind is used up, then the
+    rest of the other. Skips take their turn after the drops.
 
     Args:
         num_ablations: c, how many ablated variants are compared with the full model.
-        num_crops: how many of the c are crops; the others are drops.
-        drop, crop: what they are; `CmpDrop()` and `CmpCrop()` by default.
+        num_crops, num_skips: how many of the c are crops, and how many skip layers; the others are drops.
+        drop, crop, skip: what they are; `CmpDrop()`, `CmpCrop()` and `CmpSkip()` by default.
 
     Raises:
-        ValueError: a negative number, or more crops than ablations.
+        ValueError: a negative number, or more crops and skips than ablations.
 
     Examples:
         >>> [type(ablation).__name__ for ablation in plan(3, num_crops=1)]
         ['CmpCrop', 'CmpDrop', 'CmpDrop']
+        >>> [type(ablation).__name__ for ablation in plan(4, num_skips=2)]
+        ['CmpDrop', 'CmpSkip', 'CmpDrop', 'CmpSkip']
     """
-    if not 0 <= num_crops <= num_ablations:
-        raise ValueError(f"{num_crops} crops of {num_ablations} ablations; expected 0 <= crops <= ablations.")
-    drop, crop = drop or CmpDrop(), crop or CmpCrop()
-    ablations: list[Ablation] = []
-    crops = drops = 0
-    for index in range(num_ablations):
-        if crops < num_crops and (index % 2 == 0 or drops == num_ablations - num_crops):
-            crops += 1
-            ablations.append(crop)
-        else:
-            drops += 1
-            ablations.append(drop)
-    return ablations
+    if min(num_crops, num_skips, num_ablations - num_crops - num_skips) < 0:
+        raise ValueError(
+            f"{num_crops} crops and {num_skips} skips of {num_ablations} ablations; expected 0 or more of each, "
+            "together at most as many as ablations."
+        )
+    kinds = (crop or CmpCrop(), drop or CmpDrop(), skip or CmpSkip())
+    numbers = (num_crops, num_ablations - num_crops - num_skips, num_skips)
+    turns = [(turn, kind) for kind, number in zip(kinds, numbers, strict=True) for turn in range(number)]
+    return [ablation for _, ablation in sorted(turns, key=lambda one: one[0])]
 
 
 def variants_of(ablations: Sequence[Ablation]) -> tuple[list[Ablation], list[Variant]]:

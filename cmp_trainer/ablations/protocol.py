@@ -2,8 +2,9 @@
 
 An ablation has levels: 0 takes nothing away, 1, 2, … take away more and more, each what the one before it took and
 something else. A variant of the model is a level of every kind that is in use, such as one crop and two drops. A kind
-says what it does to the batch at a level (`batches`), to the forward (`context`), or to calls of PyTorch functions
-(`calls`); what it does not say stays as it is. Nothing here knows a Trainer.
+says what it does to the batch at a level (`batches`), to the forward (`context`), to calls of PyTorch functions
+(`calls`), or which layers it leaves out (`skipped_layers`); what it does not say stays as it is. Nothing here knows a
+Trainer.
 
     class WithoutHeads(Ablation):
         name = "heads"
@@ -14,15 +15,15 @@ says what it does to the batch at a level (`batches`), to the forward (`context`
             yield
             ...  # take them back
 
-Random draws: every forward of a step, the full one included, starts from one random state, and `batches` and
-`context` are called in it. A kind that draws the same numbers at every level, level 0 included, and uses more of them
-at higher levels is nested. `context` draws from the default generator and does not restore it: where nothing else in a
-step draws, the next step would start from the same random state and draw the same numbers.
+Random draws: every forward of a step, the full one included, starts from one random state, and `batches`, `context`
+and `skipped_layers` are called in it. A kind that draws the same numbers at every level, level 0 included, and uses
+more of them at higher levels is nested. These draw from the default generator and do not restore it: where nothing
+else in a step draws, the next step would start from the same random state and draw the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,10 +41,12 @@ class Ablation:
             CmpDrop and CmpCrop are numbered through: `loss_ablated_1`, `loss_ablated_2`, …
         leaves_lower_layers: whether all levels compute the same below the top layers that --cmp_ablated_layers asks
             for, so that these lower layers run once for all of them.
+        skips_layers: whether this kind leaves out layers of the model's stack (`skipped_layers`).
     """
 
     name: str = "ablated"
     leaves_lower_layers: bool = False
+    skips_layers: bool = False
 
     def for_model(self, model: nn.Module, processing_class: Any = None, data_collator: Any = None) -> Ablation:
         """This ablation with what it needs to know of the model, its tokenizer and the data collator."""
@@ -57,6 +60,11 @@ class Ablation:
         """Context in which a forward at this level runs; entered again, from the same random state, where a part of
         the forward is recomputed in backward (gradient checkpointing)."""
         return nullcontext()
+
+    def skipped_layers(self, level: int, num_layers: int) -> Collection[int]:
+        """Numbers (0, 1, …) of the layers of the model's stack that a forward at this level does without. A layer
+        that is left out hands on its input and is not computed."""
+        return ()
 
     def calls(self, level: int) -> Mapping[Callable, Handler]:
         """PyTorch functions whose calls inside of a forward at this level are made by a handler instead."""

@@ -31,8 +31,8 @@ class Ablated:
         start: the random state the forward starts from; as it is when entered where None.
         calls: further torch functions to intercept (the reductions of a loss).
         others: a handler of all other torch functions.
-        boundary: where the ablated layers begin; None where the whole model is ablated.
-        lower: what is done below the boundary, where that is shared with other forwards.
+        boundary: where in its stack the model is ablated; None where neurons of the whole model are.
+        lower: what is done with the modules that are shared with other forwards, where any are.
     """
 
     def __init__(
@@ -73,17 +73,20 @@ class Ablated:
         with ExitStack() as stack:
             if self.start is not None and not self._entered:
                 self.start.restore()
+            skipped: set[int] = set()
             for kind, level in zip(self.kinds, self.levels, strict=True):
                 stack.enter_context(kind.context(level))
+                if kind.skips_layers and self.boundary is not None:
+                    skipped |= {*kind.skipped_layers(level, len(self.boundary.stack.layers))}
             stack.enter_context(recompute_inside(self))
             intercept = Intercept(self.handlers, self.others)
             if self.boundary is not None:
-                lower, upper = self._below, self.handlers  # `self` would make a cycle, which holds the lower layers
+                below, upper = self._below, self.handlers  # `self` would make a cycle, which holds the lower layers
 
-                def switch(below: bool) -> None:
-                    intercept.handlers = lower if below else upper
+                def switch(is_below: bool) -> None:
+                    intercept.handlers = below if is_below else upper
 
-                self._walk = stack.enter_context(Walk(self.boundary, self.lower, self._devices, switch, place))
+                self._walk = stack.enter_context(self._walk_through(self.boundary, frozenset(skipped), switch, place))
             stack.enter_context(intercept)
             self._entered.append(stack.pop_all())
 
@@ -110,6 +113,13 @@ class Ablated:
                 stack.push(self)
             now.restore()
             return function(*args, **kwargs)
+
+    def _walk_through(
+        self, boundary: Boundary, skipped: frozenset[int], switch: Callable[[bool], None], place: Place | None
+    ) -> Walk:
+        levels = dict(zip(self.kinds, self.levels, strict=True))
+        depth = 0 if self.lower is None else self.lower.depth(boundary, levels, skipped)
+        return Walk(boundary, self.lower, depth, skipped, self._devices, switch, place)
 
     @property
     def _devices(self) -> Iterable[torch.device]:

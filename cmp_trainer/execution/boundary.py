@@ -1,8 +1,11 @@
-"""The boundary below the top layers of a model, and a forward's way over it.
+"""A forward's way through the layers of a model: where dropout begins, which layers are skipped, what is shared.
 
-Below the boundary is all that a forward does before it calls the first of the top N layers: embeddings, lower
-layers, and the other stacks of a model (the encoder of an encoder-decoder, the image tower of a language model).
-Dropout is off there, in every variant. Whatever is called after that, the head included, is ablated.
+Where only the top N layers are ablated, a boundary lies below them. Below it is all that a forward does before it
+calls the first of these layers: embeddings, lower layers, and the other stacks of a model (the encoder of an
+encoder-decoder, the image tower of a language model). Dropout is off there, in every variant. Whatever is called after
+that, the head included, is ablated. Where layers are skipped, they are not called, and hand on their input.
+
+Up to the first layer in which two forwards differ, they can share what modules return (shared.py).
 
 Modules are intercepted by the attribute in which torch.compile keeps a compiled call; it is put back when the forward
 ends, also when it raises. Nothing else of the model is touched.
@@ -10,7 +13,7 @@ ends, also when it raises. Nothing else of the model is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.layers import Stack
 from cmp_trainer.losses.shares import CannotCompare
 
@@ -29,21 +33,21 @@ REENTRANT = (
 
 
 class CannotShare(CannotCompare):
-    """The layers below the boundary do not run alike in all variants."""
+    """The layers that variants have in common do not run alike in all of them."""
 
 
 class Boundary:
-    """The line below the top layers of a stack.
+    """Where in its stack of layers a model is ablated.
 
     Args:
         stack: where the layers are.
-        num_layers: how many of them are ablated.
+        num_layers: how many of the top ones are ablated; None where dropout is on in the whole model.
     """
 
-    def __init__(self, stack: Stack, num_layers: int) -> None:
+    def __init__(self, stack: Stack, num_layers: int | None = None) -> None:
         self.stack, self.num_layers = stack, num_layers
-        self.first = len(stack.layers) - num_layers
-        """The number of the first layer that is ablated."""
+        self.first = 0 if num_layers is None else len(stack.layers) - num_layers
+        """The number of the first layer in which neurons are ablated."""
         self.written: set[nn.Module] = set()
         """Modules into whose outputs the model writes afterwards: each variant gets copies."""
 
@@ -58,33 +62,44 @@ class Place(NamedTuple):
 
     records: bool
     below: bool
+    shares: bool
     layer: int
     shared: int
     crossings: int
 
 
 class Below:
-    """What is done with the modules that are called below a boundary; by itself, they are run.
+    """What is done with the modules that variants have in common; by itself, they are run.
 
     Attributes:
         is_recorded: whether a first forward has gone all its way.
-        keeps_graph: whether that one keeps the graph below the boundary where it runs without one.
+        keeps_graph: whether that one keeps the graph of these modules where it runs without one.
     """
 
     is_recorded = False
     keeps_graph = False
 
+    def depth(self, boundary: Boundary, levels: Mapping[Ablation, int], skipped: frozenset[int]) -> int:
+        """The number of the first layer that a forward at some levels does not share."""
+        return boundary.first
+
+    def begin_run(self, walk: Walk) -> int:
+        """The number of the shared call that comes first when a forward runs the model once more."""
+        return walk.shared
+
     def call(self, walk: Walk, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A module's call below the boundary."""
+        """A module's call that is shared."""
         return original(*args, **kwargs)
 
 
 class Walk:
-    """One forward's way from below the boundary to above it; a context in which the modules are intercepted.
+    """One forward's way through the stack; a context in which the modules are intercepted.
 
     Args:
-        boundary: the boundary.
-        lower: what is done below the boundary, where that is shared with other forwards.
+        boundary: where the layers are ablated.
+        lower: what is done with the modules that are shared with other forwards, where any are.
+        depth: the number of the first layer that is not shared.
+        skipped: the numbers of the layers that are left out.
         devices: those whose generators are shared.
         switch: is told whether the forward is below the boundary whenever that changes.
         place: where to begin, for a part of a forward that is recomputed in backward.
@@ -94,18 +109,21 @@ class Walk:
         self,
         boundary: Boundary,
         lower: Below | None,
+        depth: int,
+        skipped: frozenset[int],
         devices: Iterable[torch.device],
         switch: Callable[[bool], None],
         place: Place | None = None,
     ) -> None:
-        self.boundary, self.lower = boundary, lower
+        self.boundary, self.lower, self.depth, self.skipped = boundary, lower, depth, skipped
         self.devices = list(dict.fromkeys([torch.device("cpu"), *devices]))
         self.is_recomputed = place is not None
-        records = lower is not None and not lower.is_recorded
-        self.records, self.below, self.layer, self.shared, self.crossings = place or Place(records, True, 0, 0, 0)
-        self._switch = switch
+        self.is_at_layers = False  # whether a layer was called, or all that are ablated were left out
+        start = Place(lower is not None and not lower.is_recorded, self._begins_below, lower is not None, 0, 0, 0)
         self._has_grad = torch.is_grad_enabled()
-        self._is_below(self.below)
+        self._switch = switch
+        self._go_to(place or start, self.is_recomputed)
+        self._keep_graph(self.shares)
         self._is_inside = False  # of a module that is shared as a whole
         self._is_reentrant = False
         self._before: list[tuple[nn.Module, bool, Any]] = []
@@ -113,7 +131,11 @@ class Walk:
     @property
     def place(self) -> Place:
         """How far the forward has come."""
-        return Place(self.records, self.below, self.layer, self.shared, self.crossings)
+        return Place(self.records, self.below, self.shares, self.layer, self.shared, self.crossings)
+
+    @property
+    def _begins_below(self) -> bool:
+        return self.boundary.num_layers is not None
 
     def __enter__(self) -> Walk:
         stack = self.boundary.stack
@@ -156,7 +178,7 @@ class Walk:
             self._go_to(now, was_recomputed)
 
     def _go_to(self, place: Place, is_recomputed: bool) -> None:
-        self.records, self.below, self.layer, self.shared, self.crossings = place
+        self.records, self.below, self.shares, self.layer, self.shared, self.crossings = place
         self.is_recomputed = is_recomputed
         self._switch(self.below)
 
@@ -165,61 +187,83 @@ class Walk:
     def _on_path(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
         if not self._is_inside:
             self.layer = 0
-            self._is_below(True)
+            self._is_below(self._begins_below)
+            if self.lower is not None and not self.shares:  # the model is run once more
+                self.shares, self.shared = True, self.lower.begin_run(self)
+                self._keep_graph(True)
         return original(*args, **kwargs)
 
     def _owner(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
         output = self._on_path(module, original, *args, **kwargs)
         was_seen = self.layer or original == module._call_impl  # not compiled as a whole
-        if not self._is_inside and self.below and was_seen:  # layer drop left out all of the top layers
-            self._cross()
+        if not self._is_inside and was_seen:  # layer drop left out all of the top layers
+            self._cross(len(self.boundary.stack.layers))
         return output
 
     def _layer(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        if self._is_inside or not self.below:
+        if self._is_inside:
             return original(*args, **kwargs)
         layers = self.boundary.stack.layers
-        self.layer = next((n for n in range(self.layer, len(layers)) if layers[n] is module), self.layer) + 1
-        if self.layer > self.boundary.first:
-            self._cross()
-            return original(*args, **kwargs)
-        return self._shared(module, original, args, kwargs)
+        found = next((n for n in range(self.layer, len(layers)) if layers[n] is module), None)
+        number = self.layer if found is None else found
+        self.layer = number + 1
+        self._cross(number)
+        if found in self.skipped:
+            carry = self.boundary.stack.carries[number]
+            if carry is None:
+                name = f"layer {number} of {self.boundary.stack.name}"
+                raise CannotCompare(f"{name} cannot be skipped: it changes the shape of what it is given.")
+            return carry(args, kwargs)
+        output = self._beside(module, original, *args, **kwargs)
+        if self.layer == len(layers):
+            self._cross(self.layer)
+        return output
 
     def _beside(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        if self._is_inside or not self.below:
+        if self._is_inside or not (self.below or self.shares):
             return original(*args, **kwargs)
-        return self._shared(module, original, args, kwargs)
+        self._is_inside = True
+        try:
+            return self._shared(module, original, args, kwargs) if self.shares else original(*args, **kwargs)
+        finally:
+            self._is_inside = False
 
-    def _cross(self) -> None:
-        self.crossings += 1
-        self._is_below(False)
+    def _cross(self, number: int) -> None:
+        """Leave what lies below a layer that is about to be called."""
+        if number >= self.boundary.first:
+            self.is_at_layers = True
+            if self.below:
+                self._is_below(False)
+        if self.shares and number >= self.depth:
+            self.shares = False
+            self.crossings += 1
+            self._keep_graph(False)
 
     def _is_below(self, below: bool) -> None:
         self.below = below
         self._switch(below)
+
+    def _keep_graph(self, keep: bool) -> None:
         if self.lower is not None and self.lower.keeps_graph and self.records and not self._has_grad:
-            torch.set_grad_enabled(below)  # also for what the model computes between its modules
+            torch.set_grad_enabled(keep)  # also for what the model computes between its modules
 
     def _shared(self, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        self._is_inside = True
-        try:
-            if self.lower is None:
-                return original(*args, **kwargs)
-            if self._is_reentrant:
-                raise CannotShare(REENTRANT)
-            output = self.lower.call(self, module, original, args, kwargs)
-            self.shared += 1
-            return output
-        finally:
-            self._is_inside = False
+        if self._is_reentrant:
+            raise CannotShare(REENTRANT)
+        assert self.lower is not None
+        output = self.lower.call(self, module, original, args, kwargs)
+        self.shared += 1
+        return output
 
 
 def check_crossed(walk: Walk) -> None:
-    """Raises a CannotCompare where a forward never reached the layers that it should ablate."""
-    if not walk.crossings:
+    """Raises a CannotCompare where a forward never reached the layers that it should ablate or skip."""
+    if not walk.is_at_layers:
+        number, name = walk.boundary.num_layers, walk.boundary.stack.name
+        what = f"the top {number} of them cannot be ablated" if number is not None else "none of them can be skipped"
+        fix = "leave out --cmp_ablated_layers" if number is not None else "use ablations that drop or crop"
         raise CannotCompare(
-            f"a forward did not call the layers of {walk.boundary.stack.name} one by one, so only the top "
-            f"{walk.boundary.num_layers} of them cannot be ablated. Every batch has to run these layers; where "
-            "torch.compile was applied to a part of the model, apply it to the whole model (torch.compile(model) or "
-            "--torch_compile). Or leave out --cmp_ablated_layers."
+            f"a forward did not call the layers of {name} one by one, so {what}. Every batch has to run these layers; "
+            "where torch.compile was applied to a part of the model, apply it to the whole model "
+            f"(torch.compile(model) or --torch_compile). Or {fix}."
         )

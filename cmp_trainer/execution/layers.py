@@ -10,12 +10,14 @@ large one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from cmp_trainer.losses.shares import CannotCompare
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 _SMALL = 0.1  # of the parameters of the largest stack
@@ -25,6 +27,36 @@ class NoStack(ValueError):
     """The model has no stack of layers, or one with fewer layers than asked for."""
 
 
+@dataclass(frozen=True)
+class Carry:
+    """How a layer that is left out hands on what it is given, in the form in which it returns it.
+
+    Attributes:
+        structure: of what the layer returns.
+        sources: for each tensor in it the argument that takes its place, by number or name; None for what the layer
+            makes by itself, such as attention weights.
+    """
+
+    structure: TreeSpec
+    sources: tuple[int | str | None, ...]
+
+    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a layer that is left out returns.
+
+        Raises:
+            CannotCompare: it is called with other arguments than in the forward that was watched.
+        """
+        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        missing = [source for source in self.sources if source is not None and source not in given]
+        if missing:
+            raise CannotCompare(
+                f"a layer cannot be skipped: it is called without the argument {missing[0]!r} that it had on the "
+                "first batch."
+            )
+        values = [None if source is None else given[source] for source in self.sources]
+        return tree_unflatten(values, self.structure)
+
+
 @dataclass
 class _Call:
     """A module's call in a forward, and the calls inside of it."""
@@ -32,6 +64,7 @@ class _Call:
     module: nn.Module
     takes_floats: bool = False
     inside: list[_Call] = field(default_factory=list)
+    carry: Carry | None = None
 
 
 @dataclass(frozen=True)
@@ -43,33 +76,38 @@ class Stack:
         layers: one entry a call; a layer that is run many times stands there as often.
         path: the modules whose forwards the layers' calls lie in, from the model to the one that calls the layers.
         beside: all other modules that are called by those on the path.
+        carries: how each layer hands on its input where it is left out; None where it cannot, since it changes the
+            shape or is spread over several lists.
     """
 
     name: str
     layers: tuple[nn.Module, ...]
     path: tuple[nn.Module, ...]
     beside: tuple[nn.Module, ...]
+    carries: tuple[Carry | None, ...]
 
 
-def find_stack(model: nn.Module, run: Callable[[], Any], num_layers: int) -> Stack:
+def find_stack(model: nn.Module, run: Callable[[], Any], num_layers: int | None = None) -> Stack:
     """The stack of a model.
 
     Args:
         run: runs one forward.
-        num_layers: how many of its layers are asked for.
+        num_layers: how many of its layers are to be ablated; None where layers are skipped.
 
     Raises:
         NoStack: there is none, or it has fewer layers; names the stacks that were found.
     """
     found = _stacks(model, _watched(model, run))
     if not found:
+        asked, fix = "layers are to be skipped, but ", "Use ablations that drop or crop."
+        if num_layers is not None:
+            asked, fix = f"--cmp_ablated_layers {num_layers}: ", "Leave it out to ablate the whole model."
         raise NoStack(
-            f"--cmp_ablated_layers {num_layers}: no stack of layers was found in {type(model).__name__}, that is, no "
-            "list of modules of one kind that are called one after the other in the forward of a module. Leave it out "
-            "to ablate the whole model."
+            f"{asked}no stack of layers was found in {type(model).__name__}, that is, no list of modules of one kind "
+            f"that are called one after the other in the forward of a module. {fix}"
         )
     stack = found[-1]
-    if num_layers > len(stack.layers):
+    if num_layers is not None and num_layers > len(stack.layers):
         others = "".join(f"; {len(one.layers)} in {one.name}" for one in found[:-1])
         raise NoStack(
             f"--cmp_ablated_layers {num_layers} is more than the {len(stack.layers)} layers of {stack.name}, the "
@@ -90,14 +128,15 @@ def _watched(model: nn.Module, run: Callable[[], Any]) -> _Call:
         stack[-1].inside.append(call)
         stack.append(call)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        while stack.pop().module is not module:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        while (call := stack.pop()).module is not module:
             pass
+        call.carry = _carry(args, kwargs, output)
 
     hooks = []
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        hooks.append(module.register_forward_hook(leave))
+        hooks.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
         with torch.no_grad():
             run()
@@ -105,6 +144,23 @@ def _watched(model: nn.Module, run: Callable[[], Any]) -> _Call:
         for hook in hooks:
             hook.remove()
     return root
+
+
+def _carry(args: tuple, kwargs: dict[str, Any], output: Any) -> Carry | None:
+    """How a call hands on its input: the first argument of the shape of what it returns. None where none has it."""
+    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    leaves, structure = tree_flatten(output)
+    hidden = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+    if hidden is None:
+        return None
+    alike = (name for name, one in given.items() if isinstance(one, Tensor) and one.shape == hidden.shape)
+    source = next((name for name in alike if given[name].is_floating_point()), None)
+    names = {id(one): name for name, one in given.items() if isinstance(one, Tensor)}
+    return (
+        None
+        if source is None
+        else Carry(structure, tuple(source if leaf is hidden else names.get(id(leaf)) for leaf in leaves))
+    )
 
 
 def _stacks(model: nn.Module, root: _Call) -> list[Stack]:
@@ -121,7 +177,7 @@ def _stacks(model: nn.Module, root: _Call) -> list[Stack]:
             if call.module in stack.path and all(one.module in stack.path for one in path):
                 beside |= {one.module: None for one in call.inside}
         rest = tuple(one for one in beside if one not in stack.path and one not in stack.layers)
-        found[name] = Stack(stack.name, stack.layers, stack.path, rest), size
+        found[name] = replace(stack, beside=rest), size
     largest = max((size for _, size in found.values()), default=0)
     return [stack for stack, size in found.values() if size >= _SMALL * largest]
 
@@ -130,7 +186,11 @@ def _stack(name: str, calls: list[_Call], path: tuple[_Call, ...], elements: lis
     called = [call.module for call in calls]
     in_order = [element for element in elements if element in called] == called
     layers = elements if in_order else called  # elements that layer drop left out are layers too
-    return Stack(name, tuple(layers), tuple(one.module for one in path), ())
+    carries: list[Carry | None] = [call.carry for call in calls]
+    if len(layers) != len(called):
+        by_layer = dict(zip(called, carries, strict=True))
+        carries = [by_layer.get(layer, carries[-1]) for layer in layers]
+    return Stack(name, tuple(layers), tuple(one.module for one in path), (), tuple(carries))
 
 
 def _frames(
@@ -152,6 +212,8 @@ def _frames(
             size = sum(_parameters(module) for module in {call.inside[place].module for place in where})
             if where[0] < end:  # lists that take turns make up one stack, which begins where the first one does
                 by_list[first] = by_list[first][0], by_list[first][1] + size
+                for one in by_list[first][0]:
+                    one.carry = None  # a part of a layer cannot be left out alone
             else:
                 first, end = name, where[-1]
                 by_list[name] = [call.inside[place] for place in where], size

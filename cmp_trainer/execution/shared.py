@@ -1,17 +1,18 @@
-"""Shared layers: what lies below the ablated layers runs once for all variants of a step.
+"""Shared layers: what variants have in common runs once for all of them.
 
-With the top N layers ablated, all variants compute the same thing below them. So
+With the top N layers ablated, all variants compute the same thing below them; where layers are skipped, below the
+first one that one variant skips and the other does not. So
 
-    (1) the first forward of a step keeps what each module below the boundary (boundary.py) returned;
-    (2) in the forwards after it, these modules return that in place of being run;
-    (3) the losses of all variants are functions of one lower graph, whose backward runs once.
+    (1) the first forward of a step keeps what each module that may be shared returned;
+    (2) in the forwards after it, these modules return that in place of being run, up to the first layer that differs;
+    (3) the losses of all variants are functions of one graph, whose shared part is run backward once.
 
-A stacked forward runs them on the first group of its rows.
+A stacked forward runs the shared modules on the first group of its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from cmp_trainer.ablations.protocol import Ablation
-from cmp_trainer.execution.boundary import Below, CannotShare, Walk
+from cmp_trainer.execution.boundary import Below, Boundary, CannotShare, Walk
 from cmp_trainer.execution.random_state import generator_state, set_generator_state
 
 
 class Lower(Below):
-    """What the modules below the boundary returned in the first forward of a step."""
+    """What the shared modules returned in the first forward of a step."""
 
     def __init__(self) -> None:
         self.returns_leaves = False  # in place of tensors with the lower graph
@@ -35,9 +36,26 @@ class Lower(Below):
         """The next forward is the first one again."""
         self.is_recorded = False
         self._returned: list[_Returned] = []
+        self._begins: list[int] = []  # further runs of the model: the number of the first module that returned in them
+
+    def depth(self, boundary: Boundary, levels: Mapping[Ablation, int], skipped: frozenset[int]) -> int:
+        """The number of the first layer that a forward at some levels does not share: where neurons are ablated
+        otherwise, or a layer is skipped in one of the two. The first forward keeps all layers that may be shared."""
+        if not self.is_recorded:
+            self._levels, self._skipped = levels, skipped
+        skips = any(kind.skips_layers for kind in levels) and not self.keeps_graph
+        alike = all(kind.skips_layers or level == self._levels[kind] for kind, level in levels.items())
+        ablated = len(boundary.stack.layers) if skips and alike else boundary.first
+        return min(ablated, *(skipped ^ self._skipped), ablated)
+
+    def begin_run(self, walk: Walk) -> int:
+        """The number of the shared call that comes first when a forward runs the model once more."""
+        if walk.records and not walk.is_recomputed:
+            self._begins.append(len(self._returned))
+        return self._begins[walk.crossings - 1] if walk.crossings <= len(self._begins) else len(self._returned)
 
     def call(self, walk: Walk, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A module's call below the boundary."""
+        """A shared module's call."""
         if not walk.records:
             return self._again(walk, module, args, kwargs)
         if walk.is_recomputed:
@@ -85,13 +103,18 @@ class Lower(Below):
         return self._leaves[id(value)][1]
 
 
-def lower_parts(kinds: Sequence[Ablation], variants: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], Lower]:
-    """By the levels of each variant, what it shares with others: variants share the layers below the boundary where
-    they differ only in kinds that leave these alone. A variant that differs from all others shares nothing."""
+def lower_parts(
+    kinds: Sequence[Ablation], variants: Iterable[tuple[int, ...]], boundary: Boundary
+) -> dict[tuple[int, ...], Lower]:
+    """By the levels of each variant, what it shares with others: variants share layers where they differ only in kinds
+    that skip layers, or that leave those below a boundary alone. A variant that differs from all others shares
+    nothing."""
     groups: dict[tuple, list[tuple[int, ...]]] = {}
     for levels in variants:
         pairs = zip(kinds, levels, strict=True)
-        groups.setdefault(tuple(level for kind, level in pairs if not kind.leaves_lower_layers), []).append(levels)
+        leaves = boundary.num_layers is not None
+        own = (level for kind, level in pairs if not (kind.skips_layers or (leaves and kind.leaves_lower_layers)))
+        groups.setdefault(tuple(own), []).append(levels)
     shared = [(group, Lower()) for group in groups.values() if len(group) > 1]
     return {levels: lower for group, lower in shared for levels in group}
 

@@ -228,6 +228,7 @@ class EvaluatesVariants(Trainer):
         *,
         drops: int | None = None,
         crops: int | None = None,
+        skips: int | None = None,
         seeds: Sequence[int] = (0, 1, 2),
         model_name: str | None = None,
     ) -> pd.DataFrame:
@@ -235,7 +236,9 @@ class EvaluatesVariants(Trainer):
 
         Arguments, columns of the result and errors are those of `cmp_trainer.reports.curves.ablation_curve`.
         """
-        self.curve = ablation_curve(self, eval_dataset, drops=drops, crops=crops, seeds=seeds, model_name=model_name)
+        self.curve = ablation_curve(
+            self, eval_dataset, drops=drops, crops=crops, skips=skips, seeds=seeds, model_name=model_name
+        )
         return self.curve
 
     def measuring_step(self, ablations: Sequence[Ablation]) -> ComparativeStep:

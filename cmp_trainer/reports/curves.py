@@ -1,8 +1,8 @@
 """Ablation curves: what a trained model loses as more and more of it, or of its input, is taken away.
 
-Task loss and metrics of a model are measured at 0, 1, …, K cumulative drops (CmpDrop), and at 0, 1, … removed segments
-of the input (CmpCrop) until none is left, each for several mask seeds. A model that uses its neurons well starts low
-and rises slowly; and it violates the comparison principle
+Task loss and metrics of a model are measured at 0, 1, …, K cumulative drops (CmpDrop), at 0, 1, … skipped layers
+(CmpSkip), and at 0, 1, … removed segments of the input (CmpCrop) until none is left, each for several seeds. A model
+that uses its neurons well starts low and rises slowly; and it violates the comparison principle
 
     l(0) <= l(1) <= … <= l(K)
 
@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.ablations.skip import CmpSkip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +46,7 @@ def ablation_curve(
     *,
     drops: int | None = None,
     crops: int | None = None,
+    skips: int | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     model_name: str | None = None,
 ) -> pd.DataFrame:
@@ -59,14 +61,15 @@ def ablation_curve(
         drops: K, the most cumulative drops; by default 3, or as many as training had where that is more, and none
             where the trainer has only ablations of your own.
         crops: the most crops; by default all segments where the trainer crops (`--cmp_num_crops`), otherwise none.
+        skips: the most layers that are skipped; by default as many as in training, and none where it skipped none.
         seeds: one measurement for each mask seed.
         model_name: what the model is called in the table; by default the name of the output folder. Where there are
             several data sets, their names follow it.
 
     Returns:
-        Columns `model`, `ablation` ("drops", "crops", or the name of an ablation of your own), `level`, `seed`,
-        `examples`, `loss`, `examples_in_violation` (share of examples whose loss is higher at a lower level), and one
-        for each metric. Level 0 is the full model.
+        Columns `model`, `ablation` ("drops", "layers", "crops", or the name of an ablation of your own), `level`,
+        `seed`, `examples`, `loss`, `examples_in_violation` (share of examples whose loss is higher at a lower level),
+        and one for each metric. Level 0 is the full model.
 
     Raises:
         ValueError: no data, no seeds, no labels, no ablation, or a model in which nothing can be dropped.
@@ -78,7 +81,7 @@ def ablation_curve(
     named = {f", {key}": (one, f"eval_{key}") for key, one in dataset.items()} if isinstance(dataset, Mapping) else {}
     rows = []
     for suffix, (one, prefix) in (named or {"": (dataset, "eval")}).items():
-        kinds = _measured_kinds(trainer, one, drops, crops)
+        kinds = _measured_kinds(trainer, one, drops, crops, skips)
         if not kinds:
             raise ValueError(f"there is no ablation to measure: {drops} drops and no crops; ask for 1 drop or more.")
         rows += [{"model": f"{name}{suffix}", **row} for row in _rows(trainer, one, prefix, kinds, seeds)]
@@ -86,13 +89,15 @@ def ablation_curve(
 
 
 def _measured_kinds(
-    trainer: Any, dataset: Any, drops: int | None, crops: int | None
+    trainer: Any, dataset: Any, drops: int | None, crops: int | None, skips: int | None
 ) -> dict[str, tuple[Ablation, int]]:
     """The kinds of ablation that are measured, crops last, by name; each with the most levels."""
     trained: Counter[Any] = Counter(trainer.ablations if trainer.num_ablations else [])
     kinds = sorted(trained, key=lambda kind: isinstance(kind, CmpCrop))  # otherwise in their order
     if drops is not None or all(isinstance(kind, CmpCrop) for kind in kinds):
         kinds = kinds if _has(CmpDrop, kinds) else [getattr(trainer.args, "cmp_drop", CmpDrop()), *kinds]
+    if skips is not None and not _has(CmpSkip, kinds):
+        kinds = [*kinds, getattr(trainer.args, "cmp_skip", CmpSkip())]
     if crops is not None and not _has(CmpCrop, kinds):
         kinds = [*kinds, getattr(trainer.args, "cmp_crop", CmpCrop())]
     measured: dict[str, tuple[Ablation, int]] = {}
@@ -101,11 +106,23 @@ def _measured_kinds(
         if isinstance(kind, CmpDrop):
             most = len(kind.rates) if kind.rates else max(3, most)
             name, most = "drops", most if drops is None else drops
+        elif isinstance(kind, CmpSkip):
+            name, most = "layers", _skipped_in_training(trainer, kind, most) if skips is None else skips
+            kind = CmpSkip(tuple(range(1, 1 + most)) or None, kind.order)  # layer by layer
         elif isinstance(kind, CmpCrop):
             name, most = "crops", _most_segments(dataset) if crops is None else crops
         if most:
             measured[name if name not in measured else f"{name} {len(measured) + 1}"] = (kind, most)
     return measured
+
+
+def _skipped_in_training(trainer: Any, skip: CmpSkip, levels: int) -> int:
+    if skip.layers is not None:
+        return skip.layers[levels - 1]
+    num_layers = getattr(trainer.model.config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is None:
+        raise ValueError("how many layers this model has is not in its configuration; give the number of `skips`.")
+    return skip.count(levels, num_layers)
 
 
 def _has(kind: type, ablations: Sequence[Ablation]) -> bool:
@@ -257,7 +274,11 @@ def plot_curves(curve: pd.DataFrame, metric: str | None = None, loss_unit: str |
     return figure
 
 
-_LEVEL_LABELS = {"drops": "cumulative drops k (0: full model)", "crops": "removed segments (0: full input)"}
+_LEVEL_LABELS = {
+    "drops": "cumulative drops k (0: full model)",
+    "layers": "skipped layers (0: full model)",
+    "crops": "removed segments (0: full input)",
+}
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 from cmp_trainer import __version__
 from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.drop import CmpDrop
+from cmp_trainer.ablations.skip import CmpSkip
 from cmp_trainer.losses.comparative import ComparativeLoss, RegularizedLoss
 from cmp_trainer.reports.curves import IN_VIOLATION, measures, plot_curves, summarize
 from cmp_trainer.saving.files import warned_where_unwritable, written_whole
@@ -61,7 +62,7 @@ CITATIONS = """\
 }"""
 
 _ALWAYS_SHOWN = ("cmp_num_ablations", "cmp_objective", "cmp_baseline")
-_OF_ABLATIONS = ("cmp_num_ablations", "cmp_num_crops", "cmp_crop_order", "cmp_dropout")  # beginnings
+_OF_ABLATIONS = ("cmp_num_ablations", "cmp_num_crops", "cmp_crop_order", "cmp_num_skips", "cmp_skip_", "cmp_dropout")
 _OF_OBJECTIVE = ("cmp_objective", "cmp_baseline", "cmp_ranking", "cmp_temperature", "cmp_margin", "cmp_primary")
 _OF_OBJECTIVE += ("cmp_weight", "cmp_loss_threshold")
 _NOT_MEASURES = ("runtime", "_per_second", "samples", "model_preparation_time", "questions", "_total")  # endings
@@ -145,6 +146,8 @@ def _comparison(trainer: Any) -> dict[str, Any]:
 def _taken_away(ablation: Any) -> str:
     if isinstance(ablation, CmpDrop):
         return "dropout of hidden neurons"
+    if isinstance(ablation, CmpSkip):
+        return "skipping layers"
     return "cutting input context" if isinstance(ablation, CmpCrop) else f"ablation of {ablation.name}"
 
 

@@ -1,0 +1,85 @@
+"""CmpSkip: ablate whole layers, more and more of them.
+
+A layer that is skipped hands on its input. The variant at level k does without n(k) layers of the model's stack,
+n(1) < n(2) < …, and what is skipped at level k is skipped at level k + 1. The first layer always runs. What stands
+above the stack sees what the last layer that ran returned, so a variant computes what a model that was built without
+these layers computes; such a model is what `cmp-trainer shrink` writes.
+
+Where the stack is, execution/layers.py finds out by watching one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from cmp_trainer.ablations.protocol import Ablation
+
+SkipOrder = Literal["random", "top"]
+
+
+@dataclass(frozen=True)
+class CmpSkip(Ablation):
+    """Layers left out: level k does without the first n(k) layers of an order, level 0 is the full model.
+
+    Args:
+        layers: n(1), n(2), …, how many layers each level skips; by default a third of the layers, a half, and further
+            k / (k + 2) of them.
+        order: which layers are skipped: `"random"`, in an order drawn for each batch; or `"top"`, the topmost first,
+            with which the variants share one forward up to their last layer.
+
+    Raises:
+        ValueError: an unknown order, or numbers of layers that do not increase from 1 on.
+
+    Examples:
+        >>> [CmpSkip().count(level, num_layers=6) for level in range(4)]
+        [0, 2, 3, 4]
+        >>> sorted(CmpSkip(layers=(1, 2), order="top").skipped_layers(2, num_layers=6))
+        [4, 5]
+    """
+
+    layers: tuple[int, ...] | None = None
+    order: SkipOrder = "random"
+    skips_layers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(SkipOrder):
+            raise ValueError(f"CmpSkip: order {self.order!r} is unknown; expected one of {get_args(SkipOrder)}.")
+        counts = (0, *(self.layers or ()))
+        if self.layers is not None and (len(counts) == 1 or any(more <= fewer for fewer, more in pairwise(counts))):
+            raise ValueError(
+                f"CmpSkip: layers {tuple(self.layers)} do not increase from 1 on; expected (2, 3), for instance."
+            )
+
+    def count(self, level: int, num_layers: int) -> int:
+        """How many of `num_layers` layers are skipped at a level.
+
+        Raises:
+            ValueError: no layer would be left, or there are fewer numbers of layers than levels.
+        """
+        if self.layers is not None:
+            if level > len(self.layers):
+                raise ValueError(f"{level} skips, but only the {len(self.layers)} numbers of layers {self.layers}.")
+            counts = [0, *self.layers]
+        else:
+            counts = [0]
+            for k in range(1, level + 1):
+                counts.append(max(counts[-1] + 1, round(num_layers * k / (k + 2))))
+        if counts[level] >= num_layers:
+            raise ValueError(
+                f"{counts[level]} of {num_layers} layers cannot be skipped, since the first one always runs; skip at "
+                f"most {num_layers - 1}."
+            )
+        return counts[level]
+
+    def skipped_layers(self, level: int, num_layers: int) -> Collection[int]:
+        """The numbers of the layers that are skipped at a level."""
+        skipped = self.count(level, num_layers)
+        if self.order == "top":
+            return range(num_layers - skipped, num_layers)
+        order = 1 + torch.randperm(num_layers - 1)  # the same draw at every level, 0 included
+        return order[:skipped].tolist()
