@@ -1,4 +1,4 @@
-"""The command line: `cmp-trainer run script.py …`, `cmp-trainer curve MODEL …`, `cmp-trainer compare script.py …`.
+"""The command line: `cmp-trainer run`, `curve`, `compare` and `shrink`.
 
 Where a launcher wants a module, `python -m cmp_trainer.cli …` does the same.
 Each command is a parser and a function; what a command needs is imported when it runs.
@@ -38,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_curve(commands)
     _add_compare(commands)
+    _add_shrink(commands)
     return parser
 
 
@@ -125,33 +126,66 @@ def _add_curve(commands: argparse._SubParsersAction) -> None:
         "all crops where rows carry crop_segments: a table, and with --output files and a plot.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a saved model, or its name on the Hub")
-    parser.add_argument("--data", "--data_file", required=True, help="labelled rows: csv, tsv, json, jsonl or parquet")
-    parser.add_argument(
-        "--task",
-        choices=("text-classification", "question-answering", "tokenized"),
-        help="by default what the first model was made for",
-    )
-    parser.add_argument("--columns", nargs="+", help="text columns to classify; by default all text columns but label")
-    parser.add_argument("--label_column", default="label", help="column of the labels (default: %(default)s)")
-    parser.add_argument("--label_separator", help="what stands between several classes in one cell")
+    _add_data(parser, required=True)
     parser.add_argument("--names", nargs="+", help="what the models are called; by default their folders' names")
     parser.add_argument("--drops", type=int, default=3, help="K, the most cumulative drops (default: %(default)s)")
+    parser.add_argument("--skips", type=int, help="also the loss with up to so many layers skipped at random")
     parser.add_argument(
         "--dropout", "--cmp_dropout", type=float, help="rate at every dropout site in place of the models' own"
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of mask seeds (default: %(default)s)")
-    parser.add_argument("--metric", help="the metric that is drawn; by default the first")
-    parser.add_argument("--max_samples", type=int, help="only the first so many rows")
-    parser.add_argument("--max_length", type=int, default=384, help="longest input in tokens (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows of a forward (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write OUTPUT.csv, OUTPUT.json and OUTPUT.png")
     parser.set_defaults(command=_curve)
+
+
+def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Labelled rows to evaluate a saved model on."""
+    add = parser.add_argument
+    add("--data", "--data_file", required=required, help="labelled rows: csv, tsv, json, jsonl or parquet")
+    add(
+        "--task",
+        choices=("text-classification", "question-answering", "tokenized"),
+        help="by default what the first model was made for",
+    )
+    add("--columns", nargs="+", help="text columns to classify; by default all text columns but label")
+    add("--label_column", default="label", help="column of the labels (default: %(default)s)")
+    add("--label_separator", help="what stands between several classes in one cell")
+    add("--metric", help="the metric that is drawn; by default the first")
+    add("--max_samples", type=int, help="only the first so many rows")
+    add("--max_length", type=int, default=384, help="longest input in tokens (default: %(default)s)")
+    add("--batch_size", type=int, default=32, help="rows of a forward (default: %(default)s)")
 
 
 def _curve(parsed: argparse.Namespace) -> None:
     from cmp_trainer.curve import run_curve
 
     run_curve(parsed)
+
+
+def _add_shrink(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "shrink",
+        help="cut a saved model to fewer layers",
+        description="Write models with fewer layers of a saved model, which load without cmp_trainer, and show what "
+        "they cost and what they lose.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a saved model, or its name on the Hub")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        required=True,
+        help="how many layers stay; several numbers make several models",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="where the models go, each in a folder of its own")
+    _add_data(parser, required=False)
+    parser.set_defaults(command=_shrink)
+
+
+def _shrink(parsed: argparse.Namespace) -> None:
+    from cmp_trainer.shrink import run_shrink
+
+    run_shrink(parsed)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:

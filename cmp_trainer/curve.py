@@ -2,32 +2,24 @@
 
     cmp-trainer curve runs/baseline runs/comparative --data validation.jsonl --output cola
 
-prints a table of loss, metrics and examples in violation at 0 … K drops (and 0 … all crops, where rows carry
-`crop_segments`) and writes cola.csv (every seed), cola.json and cola.png. reports/curves.py says what is measured;
-curve_data.py, how rows become batches and what the metrics are.
+prints a table of loss, metrics and examples in violation at 0 … K drops (with --skips N also at 0 … N skipped layers,
+and at 0 … all crops where rows carry `crop_segments`) and writes cola.csv (every seed), cola.json and cola.png.
+reports/curves.py says what is measured; curve_data.py, how rows become batches and what the metrics are.
 """
 
 import argparse
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import torch
-import transformers
-from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cmp_trainer.ablations.crop import SEGMENTS
-from cmp_trainer.arguments import CmpTrainingArguments
-from cmp_trainer.curve_data import Columns, TaskData, prepare, rows_of, task_of
-from cmp_trainer.data.tables import take_split
 from cmp_trainer.reports.curves import ablation_curve, as_text, measures, plot_curves
+from cmp_trainer.saved_model import SavedModel, check_packages
 from cmp_trainer.saving.files import written_whole
-from cmp_trainer.scripting import ModelArguments, distinct_names, load_pretrained, plain_errors
-from cmp_trainer.trainer import CmpTrainer
+from cmp_trainer.scripting import distinct_names, plain_errors
 
 
 @plain_errors()
@@ -48,38 +40,19 @@ def run_curve(options: argparse.Namespace) -> None:
 
 
 def _measure(path: str, name: str, options: argparse.Namespace) -> pd.DataFrame:
-    model_args = ModelArguments(path)
-    config, tokenizer = (load_pretrained(kind, path, model_args) for kind in (AutoConfig, AutoTokenizer))
-    task = options.task or task_of(config, Path(options.data))
-    rows = take_split({"data": rows_of(task, Path(options.data))}, "data", [], options.max_samples)
-    model = load_pretrained(getattr(transformers, _architecture(config, path)), path, model_args)
-    columns = Columns(options.columns, options.label_column, options.label_separator)
-    data = prepare(task, rows, tokenizer, model, options.max_length, columns)
-    if options.metric is not None and options.metric not in data.metrics:
-        raise ValueError(f"--metric {options.metric} is none of this task; it has {', '.join(data.metrics) or 'none'}")
-    with tempfile.TemporaryDirectory() as folder:  # which a Trainer wants, and makes
-        trainer = CmpTrainer(
-            model=model,
-            args=_arguments(options, data, folder),
-            eval_dataset=data.dataset,
-            data_collator=data.collator,
-            compute_metrics=data.compute_metrics,
-            processing_class=tokenizer,
-        )
-        return ablation_curve(trainer, drops=options.drops, seeds=range(options.seeds), model_name=name)
-
-
-def _arguments(options: argparse.Namespace, data: TaskData, folder: str) -> CmpTrainingArguments:
+    saved = SavedModel.load(path)
+    data = saved.read(options)
     crops = 1 if SEGMENTS in data.dataset.column_names else 0  # that there are any makes the trainer keep the column
-    return CmpTrainingArguments(
-        output_dir=folder,
-        cmp_num_ablations=max(1, options.drops) + crops,
-        cmp_num_crops=crops,
-        cmp_dropout=options.dropout,
-        per_device_eval_batch_size=options.batch_size,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-    )
+    arguments = {
+        "cmp_num_ablations": max(1, options.drops) + crops,
+        "cmp_num_crops": crops,
+        "cmp_dropout": options.dropout,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = saved.trainer(data, folder, options.batch_size, **arguments)
+        return ablation_curve(
+            trainer, drops=options.drops, skips=options.skips, seeds=range(options.seeds), model_name=name
+        )
 
 
 def _write(curve: pd.DataFrame, options: argparse.Namespace) -> None:
@@ -99,20 +72,10 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("seeds", "max_length", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: expected 1 or more")
-    needed = {"sklearn": "scikit-learn", "scipy": "scipy", "torchmetrics": "torchmetrics", "matplotlib": "matplotlib"}
-    missing = [package for module, package in needed.items() if find_spec(module) is None]
-    if missing:
-        raise ValueError(f"curves need {', '.join(missing)}: pip install 'cmp-trainer[plot]'")
+    check_packages("cmp-trainer curve")
 
 
 def _names(models: Sequence[str], given: Sequence[str] | None) -> Sequence[str]:
     if given is not None and len(given) != len(models):
         raise ValueError(f"--names {' '.join(given)}: {len(given)} names for {len(models)} models; give one for each")
     return given or distinct_names(models)
-
-
-def _architecture(config: Any, path: str) -> str:
-    names = getattr(config, "architectures", None) or ["none"]
-    if not hasattr(transformers, names[0]):
-        raise ValueError(f"{path!r} is of the architecture {names[0]!r}, which transformers does not have")
-    return names[0]
