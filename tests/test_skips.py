@@ -248,9 +248,40 @@ def test_a_step_with_skips_leaves_the_model_and_the_random_state_as_one_forward_
     step(batch).backward()
     after = torch.get_rng_state()
     torch.manual_seed(3)
-    torch.randperm(LAYERS - 1)
+    step(batch).backward()
     assert torch.equal(after, torch.get_rng_state())
+    step(batch).backward()
+    assert not torch.equal(after, torch.get_rng_state())
     assert untouched(model)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shares", [False, True])
+def test_what_is_dropped_stays_dropped_whatever_layers_are_skipped(order, shares, model, batch):
+    skip, drop = CmpSkip((1, 3), order), CmpDrop()
+    step = ComparativeStep(model, [drop, skip, drop, skip])  # levels (1, 0), (1, 1), (2, 1), (2, 2)
+    step(batch)
+    step._shares_lower = shares
+    dropped, hooks = [], []
+    sites = {"head": model.dropout, **dict(enumerate(one.output.dropout for one in model.bert.encoder.layer))}
+    hooks.append(model.register_forward_pre_hook(lambda *_: dropped.append({})))
+    for name, site in sites.items():
+        hooks.append(
+            site.register_forward_hook(
+                lambda module, args, output, name=name: dropped[-1].update({name: (output == 0) & (args[0] != 0)})
+            )
+        )
+    step(batch)
+    for hook in hooks:
+        hook.remove()
+    full, *variants = dropped
+    assert not any(one.any() for one in full.values())
+    for before, after in itertools.pairwise(variants):
+        common = before.keys() & after.keys()
+        assert "head" in common
+        assert all((after[name] >= before[name]).all() for name in common)
+    assert torch.equal(variants[0]["head"], variants[1]["head"])
+    assert (variants[2]["head"].sum() > variants[1]["head"].sum()) and variants[0][0].any()
 
 
 def test_the_model_does_not_stay_cut_when_a_forward_fails(model, batch):

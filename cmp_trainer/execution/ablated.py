@@ -20,6 +20,7 @@ from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.recompute import recompute_inside
 
 _WITHOUT_DROPOUT = CmpDrop().calls(0)
+_SEEDS = 2**62
 
 
 class Ablated:
@@ -119,7 +120,8 @@ class Ablated:
     ) -> Walk:
         levels = dict(zip(self.kinds, self.levels, strict=True))
         depth = 0 if self.lower is None else self.lower.depth(boundary, levels, skipped)
-        return Walk(boundary, self.lower, depth, skipped, self._devices, switch, place)
+        seed = int(torch.randint(_SEEDS, ())) if any(kind.skips_layers for kind in self.kinds) else None
+        return Walk(boundary, self.lower, depth, skipped, seed, self._devices, switch, place)
 
     @property
     def _devices(self) -> Iterable[torch.device]:

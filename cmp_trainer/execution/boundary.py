@@ -23,6 +23,7 @@ from torch import nn
 
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.execution.layers import Stack
+from cmp_trainer.execution.random_state import seed_generator
 from cmp_trainer.losses.shares import CannotCompare
 
 _CALL = "_compiled_call_impl"
@@ -100,6 +101,8 @@ class Walk:
         lower: what is done with the modules that are shared with other forwards, where any are.
         depth: the number of the first layer that is not shared.
         skipped: the numbers of the layers that are left out.
+        seed: of the layers' random numbers where some may be left out, so that each layer, and what follows the stack,
+            draws the same numbers whatever ran before it; None where the layers draw one after the other.
         devices: those whose generators are shared.
         switch: is told whether the forward is below the boundary whenever that changes.
         place: where to begin, for a part of a forward that is recomputed in backward.
@@ -111,11 +114,12 @@ class Walk:
         lower: Below | None,
         depth: int,
         skipped: frozenset[int],
+        seed: int | None,
         devices: Iterable[torch.device],
         switch: Callable[[bool], None],
         place: Place | None = None,
     ) -> None:
-        self.boundary, self.lower, self.depth, self.skipped = boundary, lower, depth, skipped
+        self.boundary, self.lower, self.depth, self.skipped, self.seed = boundary, lower, depth, skipped, seed
         self.devices = list(dict.fromkeys([torch.device("cpu"), *devices]))
         self.is_recomputed = place is not None
         self.is_at_layers = False  # whether a layer was called, or all that are ablated were left out
@@ -207,17 +211,28 @@ class Walk:
         found = next((n for n in range(self.layer, len(layers)) if layers[n] is module), None)
         number = self.layer if found is None else found
         self.layer = number + 1
-        self._cross(number)
+        self._begin(number)
         if found in self.skipped:
-            carry = self.boundary.stack.carries[number]
-            if carry is None:
-                name = f"layer {number} of {self.boundary.stack.name}"
-                raise CannotCompare(f"{name} cannot be skipped: it changes the shape of what it is given.")
-            return carry(args, kwargs)
-        output = self._beside(module, original, *args, **kwargs)
+            output = self._carried(number, args, kwargs)
+        else:
+            output = self._beside(module, original, *args, **kwargs)
         if self.layer == len(layers):
-            self._cross(self.layer)
+            self._begin(self.layer)
         return output
+
+    def _carried(self, number: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        carry = self.boundary.stack.carries[number]
+        if carry is None:
+            name = f"layer {number} of {self.boundary.stack.name}"
+            raise CannotCompare(f"{name} cannot be skipped: it changes the shape of what it is given.")
+        return carry(args, kwargs)
+
+    def _begin(self, number: int) -> None:
+        """A layer begins, or what follows the last one."""
+        self._cross(number)
+        if self.seed is not None:
+            for device in self.devices:
+                seed_generator(device, self.seed + number)
 
     def _beside(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
         if self._is_inside or not (self.below or self.shares):

@@ -74,6 +74,11 @@ def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
         _generators(device).set_rng_state(state, *_index(device))
 
 
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Put PyTorch's default generator of the device to a seed."""
+    set_generator_state(device, torch.Generator(device).manual_seed(seed).get_state())
+
+
 def _generators(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
