@@ -40,12 +40,13 @@ class CmpTrainingArguments(TrainingArguments):
         cmp_crop_order (`str`, defaults to `"random"`):
             Which segments a crop keeps: `random` ones, or a `prefix` of them.
         cmp_num_skips (`int`, defaults to 0):
-            How many of the c ablations skip layers (CmpSkip). What is neither a crop nor a skip drops hidden neurons
+            How many of the c ablations skip layers (CmpSkip). Those that neither crop nor skip drop hidden neurons
             (CmpDrop).
         cmp_skip_layers (`list[int]`, *optional*):
-            How many layers the first skip leaves out, the second, …; by default a third of the model's and a half.
+            How many layers the first skip leaves out, the second, …; by default k / (k + 2) of the layers, rounded: a
+            third, a half, ….
         cmp_skip_order (`str`, defaults to `"random"`):
-            Which layers are skipped: `random` ones but the first, or the `top` ones, which is almost free.
+            Which layers are skipped: `random` ones but the first, or the `top` ones, which costs least.
         cmp_dropout_schedule (`str`, defaults to `"compound"`):
             How the rate grows with the number k of drops: `compound` 1 - (1 - p)^k, `linear` k * p.
         cmp_dropout_rates (`list[float]`, *optional*):
@@ -95,13 +96,16 @@ class CmpTrainingArguments(TrainingArguments):
     cmp_num_ablations: int = field(
         default=0, metadata={"help": "How many ablated variants are compared with the full model; 0: plain Trainer."}
     )
-    cmp_num_crops: int = field(
-        default=0, metadata={"help": "How many of the ablations are CmpCrop (input context); the others are CmpDrop."}
+    cmp_num_crops: int = field(default=0, metadata={"help": "How many of the ablations cut input context (CmpCrop)."})
+    cmp_num_skips: int = field(
+        default=0,
+        metadata={"help": "How many of the ablations skip layers (CmpSkip); what neither crops nor skips is CmpDrop."},
     )
-    cmp_num_skips: int = field(default=0, metadata={"help": "How many of the ablations are CmpSkip (whole layers)."})
     cmp_skip_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "How many layers each skip leaves out, increasing; a third of them and a half if unset."},
+        metadata={
+            "help": "How many layers each skip leaves out, increasing; if unset a third, a half, ... (k/(k+2))."
+        },
     )
     cmp_skip_order: SkipOrder = field(
         default="random", metadata={"help": "Which layers are skipped: random ones but the first, or the top ones."}
@@ -292,13 +296,13 @@ def _check_counts(args: CmpTrainingArguments) -> None:
 def _check_skips(args: CmpTrainingArguments) -> None:
     skips, others, layers = args.cmp_num_skips, args.cmp_num_ablations - args.cmp_num_crops, args.cmp_skip_layers
     _require(isinstance(skips, int) and skips >= 0, "cmp_num_skips", skips, "must be a non-negative integer")
-    fix = f"is more than the {others} of --cmp_num_ablations {args.cmp_num_ablations} that are no crops"
+    fix = f"is more than the {others} of --cmp_num_ablations {args.cmp_num_ablations} that are not crops"
     _require(skips <= others, "cmp_num_skips", skips, f"{fix}; raise that or lower this")
     if layers is None:
         return
     whole = isinstance(layers, list | tuple) and all(isinstance(one, int) for one in layers)
     increasing = whole and all(low < high for low, high in pairwise((0, *layers)))
-    fix = "must be whole numbers that increase from 1 on, such as 2 3: how many layers each skip leaves out"
+    fix = "must be increasing positive integers, such as 2 3: how many layers each skip leaves out"
     _require(bool(layers) and increasing, "cmp_skip_layers", layers, fix)
     if args.cmp_num_ablations:
         fix = f"are {len(layers)} numbers for --cmp_num_skips {skips}; give one for each skip"

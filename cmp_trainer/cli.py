@@ -129,7 +129,7 @@ def _add_curve(commands: argparse._SubParsersAction) -> None:
     _add_data(parser, required=True)
     parser.add_argument("--names", nargs="+", help="what the models are called; by default their folders' names")
     parser.add_argument("--drops", type=int, default=3, help="K, the most cumulative drops (default: %(default)s)")
-    parser.add_argument("--skips", type=int, help="also the loss with up to so many layers skipped at random")
+    parser.add_argument("--skips", type=int, help="also skip 1 to SKIPS random layers")
     parser.add_argument(
         "--dropout", "--cmp_dropout", type=float, help="rate at every dropout site in place of the models' own"
     )
@@ -151,7 +151,7 @@ def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--label_column", default="label", help="column of the labels (default: %(default)s)")
     add("--label_separator", help="what stands between several classes in one cell")
     add("--metric", help="the metric that is drawn; by default the first")
-    add("--max_samples", type=int, help="only the first so many rows")
+    add("--max_samples", type=int, help="use only the first MAX_SAMPLES rows")
     add("--max_length", type=int, default=384, help="longest input in tokens (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="rows of a forward (default: %(default)s)")
 
@@ -166,18 +166,19 @@ def _add_shrink(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "shrink",
         help="cut a saved model to fewer layers",
-        description="Write models with fewer layers of a saved model, which load without cmp_trainer, and show what "
-        "they cost and what they lose.",
+        description="Write copies of a saved model with fewer layers, which load without cmp_trainer, and report "
+        "their size, speed, loss and metrics.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a saved model, or its name on the Hub")
-    parser.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        required=True,
-        help="how many layers stay; several numbers make several models",
+    add = parser.add_argument
+    add("--layers", type=int, nargs="+", required=True, help="how many stay; several numbers make several models")
+    add("--output", type=Path, required=True, help="where the models go, each in a folder of its own")
+    add(
+        "--order",
+        choices=("loss", "top"),
+        help="which layers go: those whose removal costs the least loss on --data, or the top ones. Default: loss "
+        "with --data, top without",
     )
-    parser.add_argument("--output", type=Path, required=True, help="where the models go, each in a folder of its own")
     _add_data(parser, required=False)
     parser.set_defaults(command=_shrink)
 

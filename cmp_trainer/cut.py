@@ -24,15 +24,15 @@ from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.boundary import Boundary
 from cmp_trainer.execution.layers import Stack
 
-_CLOSE = 1e-5  # of the largest output
+_RELATIVE_TOLERANCE = 1e-5  # of the largest output
 
 
 class CannotCut(ValueError):
     """The model cannot be built with fewer layers."""
 
 
-class Without(Ablation):
-    """Level 1 does without the given layers."""
+class SkipLayers(Ablation):
+    """Level 1 leaves out the given layers."""
 
     skips_layers = True
 
@@ -52,7 +52,7 @@ def cut(
     Args:
         model: in eval mode.
         stack: where its layers are, from `find_stack`.
-        kept: the numbers of the layers that stay, in increasing order, the first one among them.
+        kept: the numbers of the layers that stay, in increasing order.
         run: runs a forward of a model and returns its outputs, with which the new model is compared.
 
     Raises:
@@ -60,15 +60,15 @@ def cut(
     """
     num_layers = len(stack.layers)
     missing = set(range(num_layers)) - set(kept)
-    with torch.no_grad(), Ablated([Without(missing)], [1], boundary=Boundary(stack)):
+    with torch.no_grad(), Ablated([SkipLayers(missing)], [1], boundary=Boundary(stack)):
         expected = _tensors(run(model))
-    is_one_layer = len(set(stack.layers)) < num_layers  # that is run many times
-    weights = model.state_dict() if is_one_layer else _without(model.state_dict(), stack.name, kept)
+    repeats_one_layer = len(set(stack.layers)) < num_layers  # that is run many times
+    weights = model.state_dict() if repeats_one_layer else _renumbered(model.state_dict(), stack.name, kept)
     tried: dict[str, None] = {}
-    for path, name in _counts(model.config, num_layers):
+    for path, name in _layer_counts(model.config, num_layers):
         tried[".".join((*path, name))] = None
         for config in _with_fewer(model.config, path, name, num_layers, kept):
-            smaller = _built(model, config, weights)
+            smaller = _build(model, config, weights)
             if smaller is None:
                 continue
             with torch.no_grad():
@@ -82,7 +82,7 @@ def cut(
     raise CannotCut(f"{type(model).__name__} cannot be built with {name}: {reason}.")
 
 
-def _without(weights: Mapping[str, Tensor], name: str, kept: Sequence[int]) -> dict[str, Tensor]:
+def _renumbered(weights: Mapping[str, Tensor], name: str, kept: Sequence[int]) -> dict[str, Tensor]:
     """Weights by the name that they have in the smaller model."""
     layer = re.compile(rf"^{re.escape(name)}\.(\d+)\.(.*)$")
     number_of = {old: new for new, old in enumerate(kept)}
@@ -96,43 +96,49 @@ def _without(weights: Mapping[str, Tensor], name: str, kept: Sequence[int]) -> d
     return found
 
 
-def _counts(config: PretrainedConfig, num_layers: int) -> Iterator[tuple[tuple[str, ...], str]]:
+def _layer_counts(config: PretrainedConfig, num_layers: int) -> Iterator[tuple[tuple[str, ...], str]]:
     """Where the number of layers may stand: the path to a part of the configuration, and the attribute's name; those
     that are named after layers first."""
-    found = [(path, name) for path, name, value in _numbers(config, ()) if value == num_layers]
+    found = [(path, name) for path, name, value in _integers(config, ()) if value == num_layers]
     yield from sorted(found, key=lambda one: "layer" not in one[1])
 
 
-def _numbers(config: PretrainedConfig, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, int]]:
+def _integers(config: PretrainedConfig, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, int]]:
     for name, value in vars(config).items():
         if isinstance(value, int) and not isinstance(value, bool):
             yield path, name, value
         elif isinstance(value, PretrainedConfig):
-            yield from _numbers(value, (*path, name))
+            yield from _integers(value, (*path, name))
 
 
 def _with_fewer(
     config: PretrainedConfig, path: tuple[str, ...], name: str, num_layers: int, kept: Sequence[int]
 ) -> Iterator[PretrainedConfig]:
-    """Configurations with another number of layers: with the entries of the layers that stay in lists that are as
-    long as there are layers, in those of them that are named after layers, and in none of them."""
-    part = config
-    for attribute in path:
-        part = getattr(part, attribute)
-    lists = {key: one for key, one in vars(part).items() if isinstance(one, (list, tuple)) and len(one) == num_layers}
-    named = {key: one for key, one in lists.items() if "layer" in key}
-    for changed in (lists, named, {}) if named and named != lists else (lists, {}) if lists else ({},):
+    """Configurations with another number of layers: with the entries of the layers that stay in all lists that are as
+    long as there are layers, in those of them that are named after layers, and in none."""
+    values = vars(_part(config, path))
+    lists = [key for key, one in values.items() if isinstance(one, (list, tuple)) and len(one) == num_layers]
+    named = [key for key in lists if "layer" in key]
+    choices: list[list[str]] = []
+    for choice in (lists, named, []):
+        if choice not in choices:
+            choices.append(choice)
+    for choice in choices:
         smaller = copy.deepcopy(config)
-        part = smaller
-        for attribute in path:
-            part = getattr(part, attribute)
-        for key, one in changed.items():
-            setattr(part, key, type(one)(one[number] for number in kept))
+        part = _part(smaller, path)
+        for key in choice:
+            setattr(part, key, type(values[key])(values[key][number] for number in kept))
         setattr(part, name, len(kept))
         yield smaller
 
 
-def _built(model: PreTrainedModel, config: PretrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel | None:
+def _part(config: PretrainedConfig, path: tuple[str, ...]) -> PretrainedConfig:
+    for attribute in path:
+        config = getattr(config, attribute)
+    return config
+
+
+def _build(model: PreTrainedModel, config: PretrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel | None:
     """A model of this configuration with these weights; None where they do not fit."""
     try:
         smaller = type(model)(config)
@@ -154,7 +160,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 def _are_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return len(found) == len(expected) and all(
-        one.shape == other.shape and bool((one - other).abs().max() <= _CLOSE * other.abs().max())
+        one.shape == other.shape and bool((one - other).abs().max() <= _RELATIVE_TOLERANCE * other.abs().max())
         for one, other in zip(found, expected, strict=True)
         if other.numel()
     )

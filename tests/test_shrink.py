@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from cmp_trainer import cli
-from cmp_trainer.cut import Without
+from cmp_trainer.cut import SkipLayers
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.boundary import Boundary
 from cmp_trainer.execution.layers import find_stack
@@ -65,7 +65,7 @@ def shrink(*arguments):
 def outputs_without(model, layers, batch):
     """The logits of a model in which layers are skipped."""
     stack = find_stack(model, lambda: model(**batch))
-    with torch.no_grad(), Ablated([Without(layers)], [1], boundary=Boundary(stack)):
+    with torch.no_grad(), Ablated([SkipLayers(layers)], [1], boundary=Boundary(stack)):
         return model(**batch).logits
 
 
@@ -119,11 +119,22 @@ def test_with_data_the_layers_that_cost_least_go(bert, data, tmp_path, capsys):
     assert table.loc[5, "loss"] == pytest.approx(loss([]), rel=1e-5)
     assert table.columns[:4].tolist() == ["million_parameters", "seconds_per_1000_rows", "loss", "accuracy"]
     out = capsys.readouterr().out
-    assert f"layers were chosen by their loss on {data}, where loss and metrics were measured too" in out
+    assert f"The layers were chosen by their loss on {data}, where loss and metrics were measured too" in out
     card = (tmp_path / "small" / "2_layers" / "README.md").read_text()
-    assert "cost the least loss on data.jsonl" in card
-    assert ", ".join(str(n) for n in range(LAYERS) if n not in gone) in card
+    assert "each time the one whose removal gave the lowest loss on data.jsonl" in card
+    assert f"{', '.join(map(str, sorted(gone)))} were" in card
     assert (tmp_path / "small" / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_top_layers_can_go_and_be_measured(bert, data, tmp_path):
+    shrink(bert, "--layers", 2, "--data", data, "--order", "top", "--output", tmp_path / "small")
+    shrink(bert, "--layers", 2, "--output", tmp_path / "unmeasured")
+    ours, theirs = (load_file(tmp_path / name / "2_layers" / "model.safetensors") for name in ("small", "unmeasured"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert {"loss", "accuracy"} <= set(pd.read_csv(tmp_path / "small" / "layers.csv").columns)
+    assert "Loss and metrics below were measured on data.jsonl." in (
+        tmp_path / "small" / "2_layers" / "README.md"
+    ).read_text().replace("\n", " ")
 
 
 @pytest.mark.parametrize("model_type", CAUSAL)
@@ -143,12 +154,17 @@ def test_a_cut_model_generates_with_its_cache(model_type, tmp_path):
     torch.testing.assert_close(smaller(**prompt).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_decoder_of_an_encoder_decoder_is_cut(tmp_path):
-    model = AutoModelForSeq2SeqLM.from_config(AVAILABLE["bart"].build(decoder_layers=3, encoder_layers=3).config)
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [("bart", ("encoder_layers", "decoder_layers")), ("t5", ("num_layers", "num_decoder_layers"))],
+)
+def test_the_decoder_of_an_encoder_decoder_is_cut(model_type, names, tmp_path):
+    config = AVAILABLE[model_type].build(**dict.fromkeys(names, 3)).config
+    model = AutoModelForSeq2SeqLM.from_config(config)
     save(tmp_path / "model", model)
     shrink(tmp_path / "model", "--layers", 1, "--output", tmp_path / "small")
     smaller = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "small" / "1_layers")
-    assert (smaller.config.encoder_layers, smaller.config.decoder_layers) == (3, 1)
+    assert [getattr(smaller.config, name) for name in names] == [3, 1]
     tokens = {"input_ids": torch.tensor([[5, 6, 7]])}
     smaller.generate(**tokens, max_new_tokens=4, min_new_tokens=4)
 
@@ -170,6 +186,7 @@ def test_a_model_of_images_is_cut(tmp_path):
         (["--layers", 3, "--task", "question-answering", "--data", "DATA"], "question"),
         (["--layers", 3, "--metric", "bleu", "--data", "DATA"], "--metric bleu is none of this task"),
         (["--layers", 3, "--batch_size", 0], "--batch_size 0: expected 1 or more"),
+        (["--layers", 3, "--order", "loss"], "--order loss needs rows to measure the loss on; give --data"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments, message, bert, data, tmp_path, capsys):
@@ -193,4 +210,4 @@ def test_what_is_there_is_not_overwritten(bert, tmp_path, capsys):
     (tmp_path / "small" / "2_layers" / "mine.txt").write_text("mine")
     with pytest.raises(SystemExit):
         shrink(bert, "--layers", 2, "--output", tmp_path / "small")
-    assert "2_layers is there already; give another folder" in capsys.readouterr().err
+    assert "2_layers exists and is not empty; give another folder" in capsys.readouterr().err

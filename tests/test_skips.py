@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 from cmp_trainer import CmpCrop, CmpDrop, ComparativeStep, plan
 from cmp_trainer.ablations.skip import CmpSkip
-from cmp_trainer.cut import Without, cut
+from cmp_trainer.cut import SkipLayers, cut
 from cmp_trainer.execution.layers import find_stack
 from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
 from tests.test_shared_layers import DROP, EXECUTIONS, assert_same, untouched
@@ -155,7 +155,7 @@ def t5():
 def test_layers_in_the_middle_are_left_out_exactly(kind, skipped, batch):
     model = kind()
     batch = {**batch, "labels": batch["input_ids"]}
-    step = ComparativeStep(model.train(), [Without(skipped)])
+    step = ComparativeStep(model.train(), [SkipLayers(skipped)])
     kept = [number for number in range(LAYERS) if number not in skipped]
     smaller = fewer_layers(model, batch, kept)
     torch.testing.assert_close(losses_at(step, batch, 1), smaller(**batch).loss.detach(), rtol=1e-6, atol=1e-6)
@@ -324,10 +324,10 @@ def test_the_trainer_takes_skips_from_its_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cmp_num_skips": 3}, "--cmp_num_skips 3 is more than the 2 of --cmp_num_ablations 2 that are no crops"),
+        ({"cmp_num_skips": 3}, "--cmp_num_skips 3 is more than the 2 of --cmp_num_ablations 2 that are not crops"),
         ({"cmp_num_skips": -1}, "--cmp_num_skips -1 must be a non-negative integer"),
-        ({"cmp_num_skips": 2, "cmp_skip_layers": [2, 2]}, r"--cmp_skip_layers \[2, 2\] must be whole numbers that"),
-        ({"cmp_num_skips": 2, "cmp_skip_layers": [0, 2]}, r"--cmp_skip_layers \[0, 2\] must be whole numbers that"),
+        ({"cmp_num_skips": 2, "cmp_skip_layers": [2, 2]}, r"--cmp_skip_layers \[2, 2\] must be increasing positive"),
+        ({"cmp_num_skips": 2, "cmp_skip_layers": [0, 2]}, r"--cmp_skip_layers \[0, 2\] must be increasing positive"),
         ({"cmp_num_skips": 2, "cmp_skip_layers": [2]}, r"--cmp_skip_layers \[2\] are 1 numbers for --cmp_num_skips 2"),
         ({"cmp_num_skips": 1, "cmp_skip_order": "bottom"}, "--cmp_skip_order bottom is not a valid choice"),
     ],

@@ -37,8 +37,8 @@ class Ablation:
     """Base of all kinds of ablation; by itself it takes nothing away.
 
     Attributes:
-        name: what variants of this kind are called in logs and curves: `loss_heads_1`, `loss_heads_2`, … Variants of
-            CmpDrop and CmpCrop are numbered through: `loss_ablated_1`, `loss_ablated_2`, …
+        name: what variants of this kind are called in logs and curves: `loss_heads_1`, `loss_heads_2`, … Those of the
+            built-in kinds are numbered through: `loss_ablated_1`, `loss_ablated_2`, …
         leaves_lower_layers: whether all levels compute the same below the top layers that --cmp_ablated_layers asks
             for, so that these lower layers run once for all of them.
         skips_layers: whether this kind leaves out layers of the model's stack (`skipped_layers`).

@@ -52,7 +52,7 @@ class CmpSkip(Ablation):
         counts = (0, *(self.layers or ()))
         if self.layers is not None and (len(counts) == 1 or any(more <= fewer for fewer, more in pairwise(counts))):
             raise ValueError(
-                f"CmpSkip: layers {tuple(self.layers)} do not increase from 1 on; expected (2, 3), for instance."
+                f"CmpSkip: layers {tuple(self.layers)} are not increasing positive integers such as (2, 3)."
             )
 
     def count(self, level: int, num_layers: int) -> int:
@@ -63,7 +63,7 @@ class CmpSkip(Ablation):
         """
         if self.layers is not None:
             if level > len(self.layers):
-                raise ValueError(f"{level} skips, but only the {len(self.layers)} numbers of layers {self.layers}.")
+                raise ValueError(f"skip {level} needs a number of layers, but there are only {self.layers}.")
             counts = [0, *self.layers]
         else:
             counts = [0]
