@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from cmp_trainer.ablations.crop import CmpCrop
 from cmp_trainer.ablations.crop_columns import SEGMENTS
 from cmp_trainer.ablations.drop import CmpDrop, in_train_mode, intercepted_dropout
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.ablations.skip import SkipLayers
 from cmp_trainer.execution.boundary import REENTRANT, CannotShare
 from cmp_trainer.execution.compiled import backends
 from cmp_trainer.execution.forwards import Forwards, own_containers, versions
@@ -340,16 +342,24 @@ def check_skips(step: Any, model: nn.Module, stack: Stack) -> None:
     for number, kind in enumerate(step.kinds):
         if not kind.skips_layers:
             continue
+        most = step.variants[-1].levels[number]
         try:
-            counts = [len(kind.skipped_layers(variant.levels[number], num_layers)) for variant in step.variants]
+            skipped = [{*kind.skipped_layers(level, num_layers)} for level in range(1 + most)]
         except ValueError as error:
             raise NoStack(f"{name}, the stack of {type(model).__name__}: {error}") from error
-        if counts[-1] and any(carry is None for carry in stack.carries[1:]):
+        for level, (fewer, more) in enumerate(pairwise(skipped), start=1):
+            if len(more) <= len(fewer) or not more <= {*range(num_layers)}:
+                raise NoStack(
+                    f"{type(kind).__name__} skips the layers {sorted(more)} at level {level}, after {sorted(fewer)}; "
+                    f"expected more of them, and of the {num_layers} of {name} (0 to {num_layers - 1})."
+                )
+        if any(carry is None for carry in stack.carries[1:]):
             raise NoStack(
                 f"{type(kind).__name__} cannot skip layers of {name}, the stack of {type(model).__name__}: they "
                 "change the shape of what they are given, or are spread over several lists."
             )
-        if num_processes() > 1 and getattr(kind, "order", None) == "random" and _is_sharded(step.model):
+        draws = {frozenset(kind.skipped_layers(most, num_layers)) for _ in range(8)}
+        if num_processes() > 1 and len(draws) > 1 and _is_sharded(step.model):
             raise NoStack(
                 "processes that share their weights have to run the same layers, and random ones differ between "
                 "them; skip the top ones (--cmp_skip_order top)."
@@ -357,8 +367,10 @@ def check_skips(step: Any, model: nn.Module, stack: Stack) -> None:
 
 
 def _is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold parts of the weights: under FSDP, or stage 3 of DeepSpeed."""
     modules = list(model.modules())
-    return any(hasattr(one, "_get_fsdp_state") or type(one).__name__ == "FullyShardedDataParallel" for one in modules)
+    by_fsdp = any(hasattr(one, "_get_fsdp_state") or type(one).__name__.startswith("FullySharded") for one in modules)
+    return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 # --- on the first batch ---
@@ -467,8 +479,9 @@ def _why_nothing_drops(sites: Sequence[tuple[str, float, bool]], drop: CmpDrop, 
 
 
 def _nothing_ablated(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
-    """Skipped layers, or an ablation of the user's own, change no example's loss at some level."""
-    own = [number for number, kind in enumerate(step.kinds) if not isinstance(kind, (CmpDrop, CmpCrop))]
+    """An ablation of the user's own changes no example's loss at some level."""
+    built_in = (CmpDrop, CmpCrop)
+    own = [n for n, kind in enumerate(step.kinds) if not (kind.skips_layers or isinstance(kind, built_in))]
     if not own:
         return None
     with torch.no_grad():
@@ -583,21 +596,19 @@ def _shares_lower(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -
     group = max(groups, key=len)
     plan, written = step._plan, forwards.boundary.written
     try:
-        separate = _shares_and_gradients(step, forwards, plan, batches, (group[0], group[-1]), None)
-        while True:
-            known, lower = len(written), Lower()
-            try:
-                shared = _shares_and_gradients(step, forwards, plan, batches, (group[0], group[-1]), lower)
-                break
-            except CannotShare:
-                if len(written) == known:
-                    raise
-        (values, *gradients), (others, *other_gradients) = separate, shared
-        size = max((float(one.abs().max()) for one in gradients if one.numel()), default=0.0) or 1.0
-        pairs = [(values, others), *((a / size, b / size) for a, b in zip(gradients, other_gradients, strict=True))]
-        if all(_same(one, other) for one, other in pairs):
-            return True
-        reason = "the losses or their gradients differ from those of separate forwards."
+        for compared in _shares_most(step, forwards):
+            separate = _shares_and_gradients(step, compared, plan, batches, (group[0], group[-1]), None)
+            while True:
+                known, lower = len(written), Lower()
+                try:
+                    shared = _shares_and_gradients(step, compared, plan, batches, (group[0], group[-1]), lower)
+                    break
+                except CannotShare:
+                    if len(written) == known:
+                        raise
+            if not _are_alike(separate, shared):
+                raise CannotShare("the losses or their gradients differ from those of separate forwards.")
+        return True
     except CannotShare as error:
         reason = str(error)
     except torch.OutOfMemoryError:
@@ -606,6 +617,23 @@ def _shares_lower(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -
         reason = f"a forward with shared layers fails ({error})."
     warn_of_separate_layers(reason)
     return False
+
+
+def _shares_most(step: Any, forwards: Forwards) -> Iterator[Forwards]:
+    """Forwards that share what the first batch's draw lets them, and, where layers are skipped, all layers but one."""
+    yield forwards
+    if any(kind.skips_layers for kind in forwards.kinds) and forwards.boundary is not None:
+        last = SkipLayers([len(forwards.boundary.stack.layers) - 1])
+        most = step._forwards(forwards.model, forwards.loss_fn, forwards.start)
+        most.kinds = [last if kind.skips_layers else kind for kind in forwards.kinds]
+        yield most
+
+
+def _are_alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether shares are equal, and gradients to the tolerance of the largest one."""
+    size = max((float(one.abs().max()) for one in some[1:] if one.numel()), default=0.0) or 1.0
+    gradients = zip(some[1:], others[1:], strict=True)
+    return _same(some[0], others[0]) and all(_same(one / size, other / size) for one, other in gradients)
 
 
 def warn_of_separate_layers(reason: object) -> None:

@@ -10,8 +10,9 @@ are cut alike. A new model numbers its layers anew, so that caches and masks by 
 from __future__ import annotations
 
 import copy
+import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.ablations.skip import SkipLayers
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.boundary import Boundary
 from cmp_trainer.execution.layers import Stack
@@ -27,21 +28,12 @@ from cmp_trainer.execution.layers import Stack
 _RELATIVE_TOLERANCE = 1e-5  # of the largest output
 
 
+_DERIVED = ("stage_names", "out_features", "out_indices")  # of models that can be a backbone: the names of the layers
+logger = logging.getLogger(__name__)
+
+
 class CannotCut(ValueError):
     """The model cannot be built with fewer layers."""
-
-
-class SkipLayers(Ablation):
-    """Level 1 leaves out the given layers."""
-
-    skips_layers = True
-
-    def __init__(self, layers: Collection[int]) -> None:
-        self.layers = layers
-
-    def skipped_layers(self, level: int, num_layers: int) -> Collection[int]:
-        """The layers, at level 1."""
-        return self.layers if level else ()
 
 
 def cut(
@@ -141,8 +133,9 @@ def _part(config: PretrainedConfig, path: tuple[str, ...]) -> PretrainedConfig:
 def _build(model: PreTrainedModel, config: PretrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel | None:
     """A model of this configuration with these weights; None where they do not fit."""
     try:
-        smaller = type(model)(config)
-    except (ValueError, IndexError, KeyError, TypeError):  # a configuration that contradicts itself
+        smaller = type(model)(_read_again(config))
+    except Exception as error:  # of a configuration that contradicts itself, which each model notices in its own way
+        logger.debug("no model of this configuration: %r", error)
         return None
     shapes = {name: tensor.shape for name, tensor in smaller.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in weights.items()}:
@@ -152,6 +145,14 @@ def _build(model: PreTrainedModel, config: PretrainedConfig, weights: Mapping[st
     if getattr(model, "generation_config", None) is not None:
         smaller.generation_config = copy.deepcopy(model.generation_config)
     return smaller.to(model.device).eval()  # pyright: ignore[reportArgumentType]
+
+
+def _read_again(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration as it is read from a file, without what was derived from the old number of layers."""
+    values = {name: one for name, one in config.to_dict().items() if name not in _DERIVED}
+    read = type(config).from_dict(values)
+    read._attn_implementation = config._attn_implementation
+    return read
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -69,15 +69,17 @@ class SavedModel:
 
     def trainer(self, data: TaskData, folder: str, batch_size: int, **arguments: Any) -> CmpTrainer:
         """A trainer that evaluates the model on the rows; it makes `folder` and writes nothing into it."""
+        args = CmpTrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to=[],
+            **arguments,
+        )
+        args._n_gpu = min(1, args.n_gpu)  # nn.DataParallel would run forwards in threads, which no ablation reaches
         return CmpTrainer(
             model=self.model,
-            args=CmpTrainingArguments(
-                output_dir=folder,
-                per_device_eval_batch_size=batch_size,
-                dataloader_pin_memory=torch.cuda.is_available(),
-                report_to=[],
-                **arguments,
-            ),
+            args=args,
             eval_dataset=data.dataset,
             data_collator=data.collator,
             compute_metrics=data.compute_metrics,

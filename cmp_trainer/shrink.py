@@ -25,7 +25,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from cmp_trainer.cut import SkipLayers, cut
+from cmp_trainer.ablations.skip import SkipLayers
+from cmp_trainer.cut import cut
+from cmp_trainer.errors import first_line
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.boundary import Boundary
 from cmp_trainer.execution.layers import Stack, find_stack
@@ -140,7 +142,14 @@ def _evaluation(
     """A function that evaluates a model on the rows that were given, and the first batches of them; without rows, no
     function and a made-up batch."""
     if options.data is None:
-        yield None, [made_up_batch(saved.model)]
+        batch = made_up_batch(saved.model)
+        try:
+            with torch.no_grad():
+                saved.model(**batch)
+        except Exception as error:  # whatever the model misses in it
+            name = type(saved.model).__name__
+            raise ValueError(f"{name} cannot be run on a made-up batch ({first_line(error)}); give --data") from error
+        yield None, [batch]
         return
     data = saved.read(options)
     with tempfile.TemporaryDirectory() as folder:
@@ -273,8 +282,14 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(options, name)}: expected 1 or more")
     for number in options.layers:
         folder = options.output / f"{number}_layers"
+        if options.output.is_file() or folder.is_file():
+            raise ValueError(f"--output {options.output}: a file is in the way; give a folder")
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"--output {options.output}: {folder.name} exists and is not empty; give another folder")
+    about_rows = ("task", "columns", "label_separator", "metric", "max_samples")
+    given = [f"--{name}" for name in about_rows if getattr(options, name) is not None]
+    if options.data is None and given:
+        raise ValueError(f"{' '.join(given)}: only used with --data; give it, or leave them out")
     if options.order == "loss" and options.data is None:
         raise ValueError("--order loss needs rows to measure the loss on; give --data")
     check_packages("cmp-trainer shrink")

@@ -191,6 +191,13 @@ class ComparativeStep:
         values = torch.stack([one.values for one in shares], -1) / weights.masked_fill(weights == 0, 1).unsqueeze(-1)
         return VariantLosses(values, weights)
 
+    def num_layers(self, batch: Any, loss_fn: LossFunction | None = None) -> int:
+        """How many layers the stack has whose layers are skipped, or of which the top ones are ablated."""
+        self._find_boundary(batch, loss_fn or model_loss)
+        if self._boundary is None:
+            raise ValueError("no layers are skipped, and the whole model is ablated, so no stack is looked for.")
+        return len(self._boundary.stack.layers)
+
     def batch_at(self, batch: Any, levels: tuple[int, ...], most: tuple[int, ...]) -> Any:
         """A batch at a level of every kind, drawn as if up to the level `most` were asked for."""
         return self._batches(batch, [Variant("", most)])[levels]

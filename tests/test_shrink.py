@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from cmp_trainer import cli
-from cmp_trainer.cut import SkipLayers
+from cmp_trainer.ablations.skip import SkipLayers
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.boundary import Boundary
 from cmp_trainer.execution.layers import find_stack
@@ -169,8 +169,9 @@ def test_the_decoder_of_an_encoder_decoder_is_cut(model_type, names, tmp_path):
     smaller.generate(**tokens, max_new_tokens=4, min_new_tokens=4)
 
 
-def test_a_model_of_images_is_cut(tmp_path):
-    model = AVAILABLE["vit"].build(num_hidden_layers=3)
+@pytest.mark.parametrize("model_type", ["vit", "dinov2"])  # the second names its layers
+def test_a_model_of_images_is_cut(model_type, tmp_path):
+    model = AVAILABLE[model_type].build(num_hidden_layers=3)
     model.save_pretrained(tmp_path / "model")
     shrink(tmp_path / "model", "--layers", 2, "--output", tmp_path / "small")
     smaller = AutoModelForImageClassification.from_pretrained(tmp_path / "small" / "2_layers")
@@ -186,6 +187,7 @@ def test_a_model_of_images_is_cut(tmp_path):
         (["--layers", 3, "--task", "question-answering", "--data", "DATA"], "question"),
         (["--layers", 3, "--metric", "bleu", "--data", "DATA"], "--metric bleu is none of this task"),
         (["--layers", 3, "--batch_size", 0], "--batch_size 0: expected 1 or more"),
+        (["--layers", 3, "--metric", "f1", "--max_samples", 9], "--metric --max_samples: only used with --data"),
         (["--layers", 3, "--order", "loss"], "--order loss needs rows to measure the loss on; give --data"),
     ],
 )

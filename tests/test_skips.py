@@ -6,11 +6,18 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
-from cmp_trainer import CmpCrop, CmpDrop, ComparativeStep, plan
-from cmp_trainer.ablations.skip import CmpSkip
-from cmp_trainer.cut import SkipLayers, cut
+from cmp_trainer import CmpCrop, CmpDrop, ComparativeStep, checks, plan
+from cmp_trainer.ablations.skip import CmpSkip, SkipLayers
+from cmp_trainer.cut import cut
 from cmp_trainer.execution.layers import find_stack
 from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
 from tests.test_shared_layers import DROP, EXECUTIONS, assert_same, untouched
@@ -227,6 +234,51 @@ def test_a_loss_that_runs_the_model_twice(model, batch):
         ours = step_of(model, batch, ablations, loss_fn=twice)
         assert ours[2]._shares_lower
         assert_same(ours, step_of(model, batch, ablations, loss_fn=twice, shares=False))
+
+
+def test_two_runs_of_the_model_in_a_loss_drop_other_neurons(model, batch):
+    """As SimCSE and R-Drop need it, in layers as well as outside of them."""
+    step = ComparativeStep(model, [CmpDrop(), CmpSkip((1,))])
+
+    def twice(model, batch):
+        return nn.functional.cross_entropy(model(**batch).logits + model(**batch).logits, batch["labels"])
+
+    step(batch, twice)
+    step._shares_lower, masks = False, []
+    site = model.bert.encoder.layer[0].output.dropout
+    hook = site.register_forward_hook(lambda module, args, output: masks.append(output == 0))
+    step(batch, twice)
+    hook.remove()
+    first, second = masks[2:4]  # of the first ablated variant
+    assert first.any() and not torch.equal(first, second)
+
+
+def test_layers_that_log_what_they_do_are_not_shared(caplog):
+    """Router losses are collected by hooks inside of the layers, which a shared layer does not run."""
+    tiny = AVAILABLE["mixtral"]
+    model, batch = tiny.build(num_hidden_layers=4, output_router_logits=True).train(), tiny.batch()
+    step = ComparativeStep(model, skips(1, layers=(1,)))
+    for seed in range(6):
+        torch.manual_seed(seed)
+        step(batch).backward()
+    assert not step._shares_lower
+    assert "cannot be shared" in caplog.text
+
+
+def test_layers_with_two_streams_of_states_are_refused():
+    torch.manual_seed(0)
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=40, d_model=16, n_layer=3, n_head=2, d_inner=32)).train()
+    ids = torch.randint(5, 40, (2, 6))
+    batch = {"input_ids": ids, "perm_mask": torch.zeros(2, 6, 6), "target_mapping": torch.eye(6).repeat(2, 1, 1)}
+    with pytest.raises(ValueError, match=r"cannot skip layers of transformer\.layer"):
+        ComparativeStep(model, skips(1, layers=(1,)))({**batch, "labels": ids})
+
+
+def test_random_skips_of_sharded_weights_are_refused(model, batch, monkeypatch):
+    monkeypatch.setattr(checks, "num_processes", lambda: 2)
+    monkeypatch.setattr(checks, "_is_sharded", lambda model: True)
+    with pytest.raises(ValueError, match=r"skip the top ones \(--cmp_skip_order top\)"):
+        ComparativeStep(model, skips(2))(batch)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -526,9 +526,9 @@ def test_a_plain_trainer_with_ablations_in_its_arguments_is_an_error(tmp_path):
 SCRIPT = Path(distributed.__file__)
 
 
-KINDS = dict.fromkeys((*distributed.SETTINGS, *distributed.TOP_LAYER), "DistributedDataParallel")
+KINDS = dict.fromkeys((*distributed.SETTINGS, *distributed.TOP_LAYER, *distributed.SKIPS), "DistributedDataParallel")
 if NEW_NAMES:
-    sharded = (*distributed.SHARDED, *distributed.TOP_LAYER_SHARDED)
+    sharded = (*distributed.SHARDED, *distributed.TOP_LAYER_SHARDED, *distributed.SKIPS_SHARDED)
     KINDS.update(dict.fromkeys(sharded, "FSDPBertForTokenClassification"))
 
 
@@ -568,13 +568,22 @@ def one_process_of_separate_forwards(tmp_path_factory):
         return in_one_process(tmp_path_factory.mktemp("separate"), cmp_ablated_layers=1)
 
 
+@pytest.fixture(scope="module")
+def one_process_that_skips(tmp_path_factory):
+    """The top layer skipped in the last variant, with nothing shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "_shares_lower", lambda *args: False)
+        return in_one_process(tmp_path_factory.mktemp("skips"), **distributed.SKIP)
+
+
 @pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("setting", KINDS)
 def test_two_processes_train_as_one_process_with_two_batches(
-    setting, two_processes, one_process, one_process_of_separate_forwards
+    setting, two_processes, one_process, one_process_of_separate_forwards, one_process_that_skips
 ):
-    top = "top layer" in setting
+    top = "top layer" in setting or "skips" in setting
     expected = one_process_of_separate_forwards if top else one_process
+    expected = one_process_that_skips if "skips" in setting else expected
     assert not expected["shares"]
     for result in two_processes:
         assert result[setting]["kind"] == KINDS[setting]

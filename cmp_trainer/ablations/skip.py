@@ -83,3 +83,20 @@ class CmpSkip(Ablation):
             return range(num_layers - skipped, num_layers)
         order = 1 + torch.randperm(num_layers - 1)  # the same draw at every level, 0 included
         return order[:skipped].tolist()
+
+
+class SkipLayers(Ablation):
+    """Level 1 leaves out the given layers.
+
+    Args:
+        layers: their numbers, from 0 on.
+    """
+
+    skips_layers = True
+
+    def __init__(self, layers: Collection[int]) -> None:
+        self.layers = layers
+
+    def skipped_layers(self, level: int, num_layers: int) -> Collection[int]:
+        """The layers, from level 1 on."""
+        return self.layers if level else ()

@@ -67,6 +67,7 @@ class Place(NamedTuple):
     layer: int
     shared: int
     crossings: int
+    runs: int
 
 
 class Below:
@@ -123,7 +124,7 @@ class Walk:
         self.devices = list(dict.fromkeys([torch.device("cpu"), *devices]))
         self.is_recomputed = place is not None
         self.is_at_layers = False  # whether a layer was called, or all that are ablated were left out
-        start = Place(lower is not None and not lower.is_recorded, self._begins_below, lower is not None, 0, 0, 0)
+        start = Place(lower is not None and not lower.is_recorded, self._begins_below, lower is not None, 0, 0, 0, 0)
         self._has_grad = torch.is_grad_enabled()
         self._switch = switch
         self._go_to(place or start, self.is_recomputed)
@@ -135,7 +136,7 @@ class Walk:
     @property
     def place(self) -> Place:
         """How far the forward has come."""
-        return Place(self.records, self.below, self.shares, self.layer, self.shared, self.crossings)
+        return Place(self.records, self.below, self.shares, self.layer, self.shared, self.crossings, self.runs)
 
     @property
     def _begins_below(self) -> bool:
@@ -182,7 +183,7 @@ class Walk:
             self._go_to(now, was_recomputed)
 
     def _go_to(self, place: Place, is_recomputed: bool) -> None:
-        self.records, self.below, self.shares, self.layer, self.shared, self.crossings = place
+        self.records, self.below, self.shares, self.layer, self.shared, self.crossings, self.runs = place
         self.is_recomputed = is_recomputed
         self._switch(self.below)
 
@@ -198,10 +199,11 @@ class Walk:
         return original(*args, **kwargs)
 
     def _owner(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        self.runs += not self._is_inside
         output = self._on_path(module, original, *args, **kwargs)
         was_seen = self.layer or original == module._call_impl  # not compiled as a whole
-        if not self._is_inside and was_seen:  # layer drop left out all of the top layers
-            self._cross(len(self.boundary.stack.layers))
+        if not self._is_inside and was_seen and self.layer < len(self.boundary.stack.layers):
+            self._begin(len(self.boundary.stack.layers))  # layer drop left out the top layers
         return output
 
     def _layer(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -231,8 +233,9 @@ class Walk:
         """A layer begins, or what follows the last one."""
         self._cross(number)
         if self.seed is not None:
+            of_run = self.seed + self.runs * (1 + len(self.boundary.stack.layers))
             for device in self.devices:
-                seed_generator(device, self.seed + number)
+                seed_generator(device, of_run + number)
 
     def _beside(self, module: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
         if self._is_inside or not (self.below or self.shares):

@@ -147,20 +147,22 @@ def _watched(model: nn.Module, run: Callable[[], Any]) -> _Call:
 
 
 def _carry(args: tuple, kwargs: dict[str, Any], output: Any) -> Carry | None:
-    """How a call hands on its input: the first argument of the shape of what it returns. None where none has it."""
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    """How a call passes its input through: as the first argument of the shape of what it returns. None where no
+    argument has it, or where the layer carries further states, as XLNet's do."""
+    every: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    given: dict[int | str, Tensor] = {name: one for name, one in every.items() if isinstance(one, Tensor)}
     leaves, structure = tree_flatten(output)
     hidden = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-    if hidden is None:
+    floats = {name: one.shape for name, one in given.items() if one.is_floating_point()}
+    source = next((name for name, shape in floats.items() if hidden is not None and shape == hidden.shape), None)
+    if source is None:
         return None
-    alike = (name for name, one in given.items() if isinstance(one, Tensor) and one.shape == hidden.shape)
-    source = next((name for name in alike if given[name].is_floating_point()), None)
-    names = {id(one): name for name, one in given.items() if isinstance(one, Tensor)}
-    return (
-        None
-        if source is None
-        else Carry(structure, tuple(source if leaf is hidden else names.get(id(leaf)) for leaf in leaves))
-    )
+    names = {id(one): name for name, one in given.items()}
+    made = [one for one in leaves if isinstance(one, Tensor) and one is not hidden and id(one) not in names]
+    further = [shape for name, shape in floats.items() if name != source]
+    if any(one.shape in further for one in made):
+        return None
+    return Carry(structure, tuple(source if leaf is hidden else names.get(id(leaf)) for leaf in leaves))
 
 
 def _stacks(model: nn.Module, root: _Call) -> list[Stack]:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import default_compute_objective
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.plan import variants_of
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.ablations.skip import CmpSkip
 from cmp_trainer.chain import ChainLoss, shadowed, without_segments
 from cmp_trainer.checks import check_drops, check_trainer, train_mode_except_batch_norm
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
@@ -253,6 +254,13 @@ class EvaluatesVariants(Trainer):
             processing_class=self.processing_class,
             data_collator=self.data_collator,
         )
+
+    def num_layers(self, dataset: Any) -> int:
+        """How many layers the stack has that CmpSkip skips, found with a batch of a data set."""
+        assert self.model is not None
+        with preserve_rng_state():
+            batch = self._prepare_inputs(next(iter(self.get_eval_dataloader(dataset))))
+            return self.measuring_step([CmpSkip((1,))]).num_layers(without_segments(batch), _loss_of(self))
 
     def ablated_evaluation(
         self, step: ComparativeStep, levels: tuple[int, ...], most: tuple[int, ...], seed: int

@@ -107,22 +107,14 @@ def _measured_kinds(
             most = len(kind.rates) if kind.rates else max(3, most)
             name, most = "drops", most if drops is None else drops
         elif isinstance(kind, CmpSkip):
-            name, most = "layers", _skipped_in_training(trainer, kind, most) if skips is None else skips
+            trained_with = kind.count(most, trainer.num_layers(dataset)) if skips is None else skips
+            name, most = "layers", trained_with
             kind = CmpSkip(tuple(range(1, 1 + most)) or None, kind.order)  # layer by layer
         elif isinstance(kind, CmpCrop):
             name, most = "crops", _most_segments(dataset) if crops is None else crops
         if most:
             measured[name if name not in measured else f"{name} {len(measured) + 1}"] = (kind, most)
     return measured
-
-
-def _skipped_in_training(trainer: Any, skip: CmpSkip, levels: int) -> int:
-    if skip.layers is not None:
-        return skip.layers[levels - 1]
-    num_layers = getattr(trainer.model.config.get_text_config(), "num_hidden_layers", None)
-    if num_layers is None:
-        raise ValueError("how many layers this model has is not in its configuration; give the number of `skips`.")
-    return skip.count(levels, num_layers)
 
 
 def _has(kind: type, ablations: Sequence[Ablation]) -> bool:

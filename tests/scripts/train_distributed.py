@@ -41,6 +41,16 @@ TOP_LAYER = {
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     },
 }
+SKIP = {"cmp_num_skips": 1, "cmp_skip_layers": [1], "cmp_skip_order": "top"}
+SKIPS = {
+    "skips": {**SKIP, **ONE_AFTER_THE_OTHER},
+    "skips, low memory": {**SKIP, "cmp_low_memory": True},
+    "skips, gradient checkpointing": {
+        **SKIP,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+}
 # Promise 10: both train the same weights.
 FULL_ALONE = {
     "full alone": {"cmp_objective": "regularized", "cmp_primary": "full", "cmp_weight": 0.0},
@@ -51,6 +61,10 @@ REJECTED = {"reentrant checkpointing": {**ONE_AFTER_THE_OTHER, **REENTRANT}}
 SHARDED = {
     "sharded": {"sharded": True, **ONE_AFTER_THE_OTHER},
     "sharded, low memory": {"sharded": True, "cmp_low_memory": True},
+}
+SKIPS_SHARDED = {
+    "sharded, skips": {"sharded": True, **SKIP, **ONE_AFTER_THE_OTHER},
+    "sharded, skips, low memory": {"sharded": True, **SKIP, "cmp_low_memory": True},
 }
 TOP_LAYER_SHARDED = {
     "sharded, top layer": {"sharded": True, "cmp_ablated_layers": 1, **ONE_AFTER_THE_OTHER},
@@ -156,7 +170,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     output_dir, *names = sys.argv[1:]
-    settings = {**SETTINGS, **SHARDED, **TOP_LAYER, **TOP_LAYER_SHARDED, **FULL_ALONE}
+    settings = {**SETTINGS, **SHARDED, **TOP_LAYER, **TOP_LAYER_SHARDED, **SKIPS, **SKIPS_SHARDED, **FULL_ALONE}
     results = {name: train(output_dir, tokens(ROWS), 1, **settings[name]) for name in names}
     for name, rejected in REJECTED.items():
         try:
