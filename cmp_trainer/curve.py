@@ -72,6 +72,9 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("seeds", "max_length", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: expected 1 or more")
+    for name in ("drops", "skips"):
+        if (getattr(options, name) or 0) < 0:
+            raise ValueError(f"--{name} {getattr(options, name)}: expected 0 or more")
     check_packages("cmp-trainer curve")
 
 

@@ -10,6 +10,7 @@ gives the lowest loss there; without data, or with `--order top`, the top ones a
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -97,6 +98,10 @@ def choose_layers(model: Any, stack: Stack, fewest: int, evaluate: Evaluate) -> 
                 skip = SkipLayers(every - {*stay} | {candidate})
                 with Ablated([skip], [1], boundary=Boundary(stack)):
                     losses[candidate] = evaluate(model)["loss"]
+                if not math.isfinite(losses[candidate]):
+                    raise ValueError(
+                        f"the loss without layer {candidate} is {losses[candidate]}; nothing to choose by"
+                    )
                 progress.update()
             stay.remove(min(losses, key=lambda layer: losses[layer]))
             chosen[len(stay)] = list(stay)

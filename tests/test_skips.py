@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -371,6 +372,15 @@ def test_the_trainer_takes_skips_from_its_arguments(tmp_path):
     kept.bert.encoder.layer = kept.bert.encoder.layer[:3]
     trainer.model, trainer.args.cmp_eval_ablations = kept, False
     assert trainer.evaluate()["eval_loss"] == pytest.approx(layers["loss"].tolist()[2], rel=1e-6)
+
+
+def test_a_curve_counts_the_layers_of_the_stack_that_is_skipped(tmp_path):
+    tiny = AVAILABLE["bart"]
+    data = Dataset.from_dict({name: column.tolist() for name, column in tiny.batch().items()})
+    model = tiny.build(encoder_layers=4, decoder_layers=3)
+    trainer = cmp_trainer(tmp_path, model, data=data, cmp_num_ablations=1, cmp_num_skips=1)
+    curve = trainer.evaluate_ablations(data, drops=0, seeds=[0])
+    assert curve["level"].tolist() == [0, 1]  # a third of the decoder's three layers
 
 
 @pytest.mark.parametrize(
