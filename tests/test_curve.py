@@ -239,10 +239,10 @@ def test_a_model_without_dropout_is_measured_at_the_rate_that_its_error_names(da
 
 
 def test_a_library_that_is_not_installed_is_named_before_anything_is_measured(models, data, monkeypatch, capsys):
-    monkeypatch.setattr("cmp_trainer.curve.find_spec", lambda name: None if name == "sklearn" else True)
+    monkeypatch.setattr("cmp_trainer.saved_model.find_spec", lambda name: None if name == "sklearn" else True)
     with pytest.raises(SystemExit):
         curve(capsys, *models, "--data", data)
-    assert "curves need scikit-learn: pip install 'cmp-trainer[plot]'" in capsys.readouterr().err
+    assert "cmp-trainer curve needs scikit-learn: pip install 'cmp-trainer[plot]'" in capsys.readouterr().err
 
 
 def test_the_metrics_that_a_task_names_are_those_it_computes(models, data, tmp_path, capsys):
