@@ -356,7 +356,7 @@ def check_skips(step: Any, model: nn.Module, stack: Stack) -> None:
         if any(carry is None for carry in stack.carries[1:]):
             raise NoStack(
                 f"{type(kind).__name__} cannot skip layers of {name}, the stack of {type(model).__name__}: they "
-                "change the shape of what they are given, or are spread over several lists."
+                "change the shape of what they are given, carry further states, or are spread over several lists."
             )
         draws = {frozenset(kind.skipped_layers(most, num_layers)) for _ in range(8)}
         if num_processes() > 1 and len(draws) > 1 and _is_sharded(step.model):

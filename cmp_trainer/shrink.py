@@ -309,6 +309,6 @@ def _check_layers(numbers: Sequence[int], stack: Stack) -> None:
         )
     if any(carry is None for carry in stack.carries[1:]):
         raise ValueError(
-            f"layers of {stack.name} cannot be taken out: they change the shape of what they are given, or are spread "
-            "over several lists"
+            f"layers of {stack.name} cannot be taken out: they change the shape of what they are given, carry further "
+            "states, or are spread over several lists"
         )

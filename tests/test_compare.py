@@ -697,8 +697,9 @@ def test_a_study_that_is_stopped_takes_its_runs_with_it(number, tmp_path):
 
 
 def interruptible():
-    """As in a terminal; what a shell runs in the background ignores Ctrl-C."""
+    """As in a terminal; what a shell runs in the background ignores Ctrl-C, and under nohup a hang-up."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.xdist_group("processes")

@@ -77,7 +77,7 @@ class Stack:
         path: the modules whose forwards the layers' calls lie in, from the model to the one that calls the layers.
         beside: all other modules that are called by those on the path.
         carries: how each layer hands on its input where it is left out; None where it cannot, since it changes the
-            shape or is spread over several lists.
+            shape, carries further states, or is spread over several lists.
     """
 
     name: str
