@@ -353,6 +353,13 @@ def check_skips(step: Any, model: nn.Module, stack: Stack) -> None:
                     f"{type(kind).__name__} skips the layers {sorted(more)} at level {level}, after {sorted(fewer)}; "
                     f"expected more of them, and of the {num_layers} of {name} (0 to {num_layers - 1})."
                 )
+        methods = ("batches", "context", "calls")
+        others = [one for one in methods if getattr(type(kind), one) is not getattr(Ablation, one)]
+        if others:
+            raise NoStack(
+                f"{type(kind).__name__} skips layers and also overrides {', '.join(others)}, so variants could share "
+                "layers that it changes. Make two ablations of it."
+            )
         if any(carry is None for carry in stack.carries[1:]):
             raise NoStack(
                 f"{type(kind).__name__} cannot skip layers of {name}, the stack of {type(model).__name__}: they "
@@ -479,20 +486,28 @@ def _why_nothing_drops(sites: Sequence[tuple[str, float, bool]], drop: CmpDrop, 
 
 
 def _nothing_ablated(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:
-    """An ablation of the user's own changes no example's loss at some level."""
-    built_in = (CmpDrop, CmpCrop)
-    own = [n for n, kind in enumerate(step.kinds) if not (kind.skips_layers or isinstance(kind, built_in))]
-    if not own:
+    """Skipped layers, or an ablation of the user's own, change no example's loss at some level."""
+    asked = [number for number, kind in enumerate(step.kinds) if not isinstance(kind, (CmpDrop, CmpCrop))]
+    if not asked:
         return None
     with torch.no_grad():
         values = [step._read(forwards, step._plan, batches, variant).values for variant in step.variants]
     for number, (before, variant) in enumerate(zip(step.variants, step.variants[1:], strict=False)):
         kind = next(kind for kind in range(len(step.kinds)) if variant.levels[kind] > before.levels[kind])
-        if kind in own and torch.equal(values[number], values[number + 1]):
-            return (
-                f"the variants {before.name} and {variant.name} have the same losses: "
-                f"{type(step.kinds[kind]).__name__} takes nothing away at level {variant.levels[kind]}."
-            )
+        if kind not in asked or not torch.equal(values[number], values[number + 1]):
+            continue
+        same, name = (
+            f"the variants {before.name} and {variant.name} have the same losses",
+            type(step.kinds[kind]).__name__,
+        )
+        if not step.kinds[kind].skips_layers:
+            return f"{same}: {name} takes nothing away at level {variant.levels[kind]}."
+        logger.warning(
+            "%s on the first batch: the layers that %s skips change nothing, because the model's own layer drop has "
+            "left them out or because they begin as the identity.",
+            same,
+            name,
+        )
 
 
 def _dropped_in_backward(step: Any, forwards: Forwards, batches: Mapping[tuple, Any]) -> str | None:

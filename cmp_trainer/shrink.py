@@ -68,12 +68,11 @@ def run_shrink(options: argparse.Namespace) -> None:
         }
         table = measure({len(stack.layers): model, **smaller}, batches, evaluate)
     for number, one in smaller.items():
-        folder = options.output / f"{number}_layers"
-        one.save_pretrained(folder)
-        if saved.processor is not None:
-            saved.processor.save_pretrained(folder)
-        with written_whole(folder / "README.md") as file:
-            card(one, saved, stack, layers_of[number], table, options).save(file)
+        with _whole_folder(options.output / f"{number}_layers") as folder:
+            one.save_pretrained(folder)
+            if saved.processor is not None:
+                saved.processor.save_pretrained(folder)
+            card(one, saved, stack, layers_of[number], table, options).save(folder / "README.md")
     _report(table, options)
 
 
@@ -195,6 +194,17 @@ def made_up_batch(model: Any) -> dict[str, Any]:
 
 
 # --- what is written ---
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end, and is removed if the body raises."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="_") as temporary:
+        inside = Path(temporary, folder.name)
+        inside.mkdir()
+        yield inside
+        inside.replace(folder)
 
 
 def card(

@@ -207,6 +207,17 @@ def test_a_folder_that_is_no_model(tmp_path, capsys):
     assert "could not be loaded" in capsys.readouterr().err
 
 
+def test_an_interrupted_save_leaves_no_half_model(bert, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmp_trainer.shrink.card", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        shrink(bert, "--layers", 2, "--output", tmp_path / "small")
+    assert stop.value.code == 130
+    assert not list((tmp_path / "small").iterdir())
+
+
 def test_what_is_there_is_not_overwritten(bert, tmp_path, capsys):
     (tmp_path / "small" / "2_layers").mkdir(parents=True)
     (tmp_path / "small" / "2_layers" / "mine.txt").write_text("mine")

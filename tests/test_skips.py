@@ -204,6 +204,7 @@ def test_what_is_shared_gives_what_separate_forwards_give(order, execution, othe
     ablations = [skip, *others, skip]
     settings = {"ablated_layers": ablated_layers, **EXECUTIONS[execution]}
     ours = step_of(model, batch, ablations, **settings)
+    assert ours[2]._shares_lower  # else the first batch has found a difference, and nothing was shared
     settings = {"ablated_layers": ablated_layers, "forward": "sequential"}
     assert_same(ours, step_of(model, batch, ablations, shares=False, **settings), 2e-6)
     assert untouched(model)
@@ -404,6 +405,25 @@ def test_more_layers_than_there_are_cannot_be_skipped(model, batch):
         ComparativeStep(model, skips(2, layers=(2, 5)))(batch)
     with pytest.raises(ValueError, match="2 of 2 layers cannot be skipped"):
         ComparativeStep(tiny_bert(num_hidden_layers=2), skips(2))(batch)
+
+
+def test_layers_that_change_nothing_are_told(model, batch, caplog):
+    identity = model.bert.encoder.layer[-1]
+    identity.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    ComparativeStep(model, skips(1, layers=(1,), order="top"))(batch)
+    assert (
+        "the variants full and ablated_1 have the same losses on the first batch: the layers that CmpSkip skips"
+        in (caplog.text)
+    )
+
+
+def test_an_ablation_that_skips_layers_and_does_more_is_rejected(model, batch):
+    class Both(SkipLayers):
+        def batches(self, batch, num_levels):
+            return [batch] * (1 + num_levels)
+
+    with pytest.raises(ValueError, match=r"Both skips layers and also overrides batches, .* Make two ablations"):
+        ComparativeStep(model, [Both([1])])(batch)
 
 
 def test_a_model_without_a_stack_is_rejected():

@@ -41,7 +41,7 @@ class Ablation:
             built-in kinds are numbered through: `loss_ablated_1`, `loss_ablated_2`, …
         leaves_lower_layers: whether all levels compute the same below the top layers that --cmp_ablated_layers asks
             for, so that these lower layers run once for all of them.
-        skips_layers: whether this kind leaves out layers of the model's stack (`skipped_layers`).
+        skips_layers: whether this kind leaves out layers of the model's stack (`skipped_layers`), and nothing else.
     """
 
     name: str = "ablated"
@@ -62,8 +62,8 @@ class Ablation:
         return nullcontext()
 
     def skipped_layers(self, level: int, num_layers: int) -> Collection[int]:
-        """Numbers (0, 1, …) of the layers of the model's stack that a forward at this level does without. A layer
-        that is left out hands on its input and is not computed."""
+        """Indices (0, 1, …) of the layers of the model's stack that a forward at this level leaves out. Such a layer
+        passes its input through and is not computed."""
         return ()
 
     def calls(self, level: int) -> Mapping[Callable, Handler]:

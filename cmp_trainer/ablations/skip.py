@@ -1,11 +1,11 @@
 """CmpSkip: ablate whole layers, more and more of them.
 
-A layer that is skipped hands on its input. The variant at level k does without n(k) layers of the model's stack,
-n(1) < n(2) < …, and what is skipped at level k is skipped at level k + 1. The first layer always runs. What stands
-above the stack sees what the last layer that ran returned, so a variant computes what a model that was built without
-these layers computes; such a model is what `cmp-trainer shrink` writes.
+A skipped layer passes its input through. Level k leaves out n(k) layers of the model's stack, n(1) < n(2) < …; what is
+skipped at level k is skipped at level k + 1, and the first layer always runs. What stands above the stack sees the
+output of the last layer that ran, so with no other ablation a variant computes what a model built without these layers
+computes. `cmp-trainer shrink` writes such a model.
 
-Where the stack is, execution/layers.py finds out by watching one forward.
+The stack is found by watching one forward (execution/layers.py).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SkipOrder = Literal["random", "top"]
 
 @dataclass(frozen=True)
 class CmpSkip(Ablation):
-    """Layers left out: level k does without the first n(k) layers of an order, level 0 is the full model.
+    """Skipped layers: level k leaves out the first n(k) layers of an order, level 0 is the full model.
 
     Args:
-        layers: n(1), n(2), …, how many layers each level skips; by default a third of the layers, a half, and further
-            k / (k + 2) of them.
+        layers: n(1), n(2), …, how many layers each level skips. By default k / (k + 2) of them, rounded, and at least
+            one more than the level before: a third, a half, three fifths, ….
         order: which layers are skipped: `"random"`, in an order drawn for each batch; or `"top"`, the topmost first,
             with which the variants share one forward up to their last layer.
 
     Raises:
-        ValueError: an unknown order, or numbers of layers that do not increase from 1 on.
+        ValueError: an unknown order, or numbers of layers that are not increasing positive integers.
 
     Examples:
         >>> [CmpSkip().count(level, num_layers=6) for level in range(4)]
@@ -77,7 +77,7 @@ class CmpSkip(Ablation):
         return counts[level]
 
     def skipped_layers(self, level: int, num_layers: int) -> Collection[int]:
-        """The numbers of the layers that are skipped at a level."""
+        """The indices of the layers that are skipped at a level."""
         skipped = self.count(level, num_layers)
         if self.order == "top":
             return range(num_layers - skipped, num_layers)
@@ -89,7 +89,7 @@ class SkipLayers(Ablation):
     """Level 1 leaves out the given layers.
 
     Args:
-        layers: their numbers, from 0 on.
+        layers: their indices, from 0 on.
     """
 
     skips_layers = True

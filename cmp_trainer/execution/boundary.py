@@ -3,7 +3,7 @@
 Where only the top N layers are ablated, a boundary lies below them. Below it is all that a forward does before it
 calls the first of these layers: embeddings, lower layers, and the other stacks of a model (the encoder of an
 encoder-decoder, the image tower of a language model). Dropout is off there, in every variant. Whatever is called after
-that, the head included, is ablated. Where layers are skipped, they are not called, and hand on their input.
+that, the head included, is ablated. A skipped layer is not computed and passes its input through.
 
 Up to the first layer in which two forwards differ, they can share what modules return (shared.py).
 

@@ -29,7 +29,7 @@ class NoStack(ValueError):
 
 @dataclass(frozen=True)
 class Carry:
-    """How a layer that is left out hands on what it is given, in the form in which it returns it.
+    """How a skipped layer passes its input through, in the form in which it returns its output.
 
     Attributes:
         structure: of what the layer returns.
@@ -41,7 +41,7 @@ class Carry:
     sources: tuple[int | str | None, ...]
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a layer that is left out returns.
+        """What a skipped layer returns.
 
         Raises:
             CannotCompare: it is called with other arguments than in the forward that was watched.
@@ -76,8 +76,8 @@ class Stack:
         layers: one entry a call; a layer that is run many times stands there as often.
         path: the modules whose forwards the layers' calls lie in, from the model to the one that calls the layers.
         beside: all other modules that are called by those on the path.
-        carries: how each layer hands on its input where it is left out; None where it cannot, since it changes the
-            shape, carries further states, or is spread over several lists.
+        carries: how each layer passes its input through when it is skipped; None where it cannot, since it changes
+            the shape, carries further states, or is spread over several lists.
     """
 
     name: str

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from parts import without_layers, without_units
+from parts import without_units
 
 from cmp_trainer.ablations import Ablation
 
@@ -33,16 +33,10 @@ class LayerAblation(Ablation):
     """Level k skips k layers, in an order drawn for each batch."""
 
     name = "layers"
+    skips_layers = True
 
-    def __init__(self, model: Any = None) -> None:
-        self.model = model
-
-    def for_model(self, model: Any, processing_class: Any = None, data_collator: Any = None) -> "LayerAblation":
-        return LayerAblation(model)
-
-    def context(self, level: int) -> AbstractContextManager[None]:
-        layers = len(self.model.base_model.encoder.layer)
-        return without_layers(self.model, torch.randperm(layers).tolist()[:level])  # drawn at every level, 0 included
+    def skipped_layers(self, level: int, num_layers: int) -> list[int]:
+        return torch.randperm(num_layers)[:level].tolist()  # the same draw at every level, 0 included
 
 
 KINDS = {"heads": UnitAblation("heads"), "neurons": UnitAblation("neurons"), "layers": LayerAblation()}

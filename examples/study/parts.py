@@ -32,7 +32,7 @@ def without_units(model: Any, part: str, taken: Callable[[int], torch.Tensor]) -
 
 @contextmanager
 def without_layers(model: Any, numbers: list[int]) -> Iterator[None]:
-    """In the body, these layers hand on what they are given."""
+    """In the body, these layers pass their input through."""
     layers = model.base_model.encoder.layer
     with ExitStack() as stack:
         for number in numbers:
