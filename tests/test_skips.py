@@ -295,6 +295,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(order, reentrant, model
     assert ("use_reentrant" in caplog.text) == reentrant
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_compiled_model_gives_the_same_gradients(order, model, batch):
+    def run(trained):
+        step = ComparativeStep(trained, skips(2, layers=(1, 3), order=order))
+        torch.manual_seed(3)
+        step(batch)
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = step(batch)
+        loss.backward()
+        assert step._shares_lower
+        return loss.detach(), gradients(model)
+
+    expected = run(model)
+    assert_same(run(torch.compile(model, backend="aot_eager")), expected)
+
+
 def test_a_step_with_skips_leaves_the_model_and_the_random_state_as_one_forward_does(model, batch):
     step = ComparativeStep(model, skips(2))
     step(batch)
