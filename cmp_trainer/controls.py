@@ -7,7 +7,9 @@ runs the script as `cmp-trainer run` does, with one thing changed about every tr
 - `--control_no_dropout`: no dropout in training, which is how the full model of a comparison is trained;
 - `--control_epochs 3`: three times as many epochs or steps, which is the compute of two ablations;
 - `--control_r_drop 1`: R-Drop (https://arxiv.org/abs/2106.14448) with that weight, two forwards with dropout whose
-  predictions are pulled together.
+  predictions are pulled together;
+- `--control_layer_drop 2`: LayerDrop (https://arxiv.org/abs/1909.11556) with the numbers of layers of two `CmpSkip`
+  variants, each step training only one variant drawn at random, the full model among them; no dropout.
 
 `cmp-trainer compare` starts every run through here. A control that could not take place ends in an error.
 """
@@ -25,12 +27,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
+from cmp_trainer.ablations.skip import CmpSkip
 from cmp_trainer.chain import shadowed
 from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.boundary import Boundary
+from cmp_trainer.execution.layers import Stack, find_stack
+from cmp_trainer.execution.one_forward import devices_of
+from cmp_trainer.execution.processes import num_processes
+from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.run import leave_process_group, run_script, wrapped_method
 from cmp_trainer.scripting import plain_errors
 
-OPTIONS = ("--control_no_dropout", "--control_epochs", "--control_r_drop")
+OPTIONS = ("--control_no_dropout", "--control_epochs", "--control_r_drop", "--control_layer_drop")
 
 
 @dataclass
@@ -41,13 +49,16 @@ class Controls:
         no_dropout: whether dropout is off.
         epochs: the factor of the number of epochs, of steps where they are given, and of warm-up steps.
         r_drop: the weight of R-Drop's divergence; None without R-Drop.
+        layer_drop: how many levels of skipped layers each step may draw beside the full model; 0 without LayerDrop.
     """
 
     no_dropout: bool = False
     epochs: float = 1.0
     r_drop: float | None = None
+    layer_drop: int = 0
     steps: int = field(default=0, init=False)
     trainings: int = field(default=0, init=False)
+    _stack: Stack | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
@@ -56,11 +67,15 @@ class Controls:
             raise ValueError(f"--control_r_drop {self.r_drop:g}: must be 0 or a positive number")
         if self.no_dropout and self.r_drop is not None:
             raise ValueError("--control_r_drop compares two draws of dropout; remove --control_no_dropout")
+        if self.layer_drop < 0:
+            raise ValueError(f"--control_layer_drop {self.layer_drop}: must be 0 or a positive integer")
+        if self.layer_drop and self.r_drop is not None:
+            raise ValueError("--control_layer_drop trains without dropout; remove --control_r_drop")
 
     @property
     def changes_loss(self) -> bool:
         """Whether each step is another one; more epochs are not."""
-        return self.no_dropout or self.r_drop is not None
+        return self.no_dropout or self.r_drop is not None or self.layer_drop > 0
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -80,6 +95,7 @@ class Controls:
 
     def _train(self, train: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         self.trainings += 1
+        self._stack = None  # another training may be of another model
         self._check(trainer)
         names = ("num_train_epochs", "max_steps", "warmup_steps")
         before = {name: getattr(trainer.args, name) for name in names}
@@ -98,8 +114,8 @@ class Controls:
         ablations = getattr(trainer, "num_ablations", 0)
         if ablations and self.changes_loss:
             raise ValueError(
-                f"--cmp_num_ablations {ablations} takes the place of dropout; remove --control_no_dropout and "
-                "--control_r_drop, or the ablations"
+                f"--cmp_num_ablations {ablations} takes the place of dropout; remove --control_no_dropout, "
+                "--control_r_drop and --control_layer_drop, or the ablations"
             )
         if trainer.args.n_gpu > 1 and self.changes_loss:
             raise ValueError(
@@ -107,6 +123,8 @@ class Controls:
                 f"{trainer.args.n_gpu} GPUs; pass compare a --launcher, 'torchrun --nproc_per_node 2' or "
                 "'env CUDA_VISIBLE_DEVICES={slot}'"
             )
+        if self.layer_drop and num_processes() > 1:
+            raise ValueError("--control_layer_drop leaves layers without gradients; train in one process")
         made_by_trainer = getattr(trainer, "_created_lr_scheduler", False)  # in an earlier training
         if self.epochs != 1 and trainer.lr_scheduler is not None and not made_by_trainer:
             raise ValueError(
@@ -122,7 +140,9 @@ class Controls:
 
     def _training_step(self, step: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         compute_loss = trainer.compute_loss
-        if self.no_dropout:
+        if self.layer_drop:
+            changed = functools.partial(self._with_layer_drop, compute_loss)
+        elif self.no_dropout:
             changed = functools.partial(_without_dropout, compute_loss)
         elif self.r_drop is not None:
             changed = functools.partial(_r_drop, compute_loss, self.r_drop)
@@ -131,6 +151,18 @@ class Controls:
         self.steps += 1
         with shadowed(trainer, compute_loss=changed):
             return step(trainer, *args, **kwargs)
+
+    def _with_layer_drop(
+        self, compute_loss: Callable[..., Any], model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        devices = devices_of(model, [value for value in inputs.values() if isinstance(value, Tensor)])
+        if self._stack is None:
+            with preserve_rng_state(devices):
+                self._stack = find_stack(model, lambda: compute_loss(model, inputs, *args, **kwargs))
+            CmpSkip().count(self.layer_drop, len(self._stack.layers))  # raises where they are too few
+        level = int(torch.randint(self.layer_drop + 1, ()))
+        with Ablated([CmpSkip()], [level], RandomState.capture(devices), boundary=Boundary(self._stack)):
+            return compute_loss(model, inputs, *args, **kwargs)
 
 
 def _without_dropout(compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -190,6 +222,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--control_epochs", type=float, default=1.0, help="multiply the number of epochs or steps by this factor"
     )
     parser.add_argument("--control_r_drop", type=float, help="R-Drop with this weight")
+    parser.add_argument(
+        "--control_layer_drop", type=int, default=0, help="skip 0 to this many levels of layers, drawn for each step"
+    )
     return parser
 
 
@@ -198,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `[--control_…] script.py [arguments…]`; the controls may stand anywhere."""
     parser = make_parser()
     given, rest = parser.parse_known_args(arguments)
-    controls = Controls(given.control_no_dropout, given.control_epochs, given.control_r_drop)
+    controls = Controls(given.control_no_dropout, given.control_epochs, given.control_r_drop, given.control_layer_drop)
     if not rest:
         raise ValueError("expected the path of a script")
     for word in rest:

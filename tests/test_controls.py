@@ -72,12 +72,11 @@ class OwnLoss(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.parametrize("controls", [Controls(no_dropout=True), Controls(r_drop=1.0)])
+@pytest.mark.parametrize("controls", [Controls(no_dropout=True), Controls(r_drop=1.0), Controls(layer_drop=2)])
 def test_controls_reach_a_trainer_with_a_loss_of_its_own(controls, tmp_path):
-    assert not same_weights(
-        trained(tmp_path, controls, OwnLoss).model,
-        trained(tmp_path, kind=OwnLoss).model,
-    )
+    ours = trained(tmp_path, controls, OwnLoss, model=tiny_bert(num_hidden_layers=4))
+    plain = trained(tmp_path, kind=OwnLoss, model=tiny_bert(num_hidden_layers=4))
+    assert not same_weights(ours.model, plain.model)
 
 
 def test_controls_reach_training_and_not_evaluation(tmp_path):
@@ -178,12 +177,43 @@ def test_r_drop_rejects_outputs_that_are_no_predictions():
         symmetric_divergence(outputs, 1)
 
 
+class Observed(Trainer):
+    """Keeps each batch, its loss, and the numbers of the layers that were trained on it."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.zero_grad()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        layers = model.bert.encoder.layer
+        trained_on = [k for k, layer in enumerate(layers) if next(layer.parameters()).grad is not None]
+        self.seen = [*getattr(self, "seen", []), (inputs, loss.item(), trained_on)]
+        return loss
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layer_drop_trains_the_model_with_the_numbers_of_layers_of_skips(checkpointing, tmp_path):
+    model = tiny_bert(num_hidden_layers=6)
+    changes = {"learning_rate": 0.0, "max_steps": 30, "gradient_checkpointing": checkpointing}
+    trainer = trained(tmp_path, Controls(layer_drop=2), Observed, model=model, **changes)
+    assert {len(layers) for _, _, layers in trainer.seen} == {6, 4, 3}  # CmpSkip skips 0, 2 or 3 of 6
+    assert len({tuple(layers) for _, _, layers in trainer.seen if len(layers) == 4}) > 1
+    for batch, loss, layers in trainer.seen:
+        assert layers[0] == 0
+        cut = tiny_bert(num_hidden_layers=6).eval()
+        cut.load_state_dict(model.state_dict())
+        cut.bert.encoder.layer = torch.nn.ModuleList(cut.bert.encoder.layer[k] for k in layers)
+        cut.config.num_hidden_layers = len(layers)
+        with torch.no_grad():
+            assert cut(**batch).loss.item() == pytest.approx(loss, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"epochs": 0}, "--control_epochs 0: must be a positive number"),
         ({"r_drop": -1.0}, "--control_r_drop -1: must be 0 or a positive number"),
         ({"r_drop": 1.0, "no_dropout": True}, "compares two draws of dropout; remove --control_no_dropout"),
+        ({"layer_drop": -1}, "--control_layer_drop -1: must be 0 or a positive integer"),
+        ({"layer_drop": 2, "r_drop": 1.0}, "--control_layer_drop trains without dropout; remove --control_r_drop"),
     ],
 )
 def test_controls_that_make_no_sense_are_rejected(changes, message):
@@ -191,11 +221,16 @@ def test_controls_that_make_no_sense_are_rejected(changes, message):
         Controls(**changes)
 
 
-@pytest.mark.parametrize("controls", [Controls(no_dropout=True), Controls(r_drop=1.0)])
+@pytest.mark.parametrize("controls", [Controls(no_dropout=True), Controls(r_drop=1.0), Controls(layer_drop=2)])
 def test_a_control_beside_ablations_is_rejected(controls, tmp_path):
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=2)
     with pytest.raises(ValueError, match="--cmp_num_ablations 2 takes the place of dropout"), controls.applied():
         trainer.train()
+
+
+def test_layer_drop_of_more_layers_than_there_are_ends_at_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="2 of 2 layers cannot be skipped"):
+        trained(tmp_path, Controls(layer_drop=2), max_steps=1)
 
 
 def test_r_drop_with_accumulated_batches_is_rejected(tmp_path):
