@@ -48,6 +48,7 @@ class StudyArguments:
     test_file: str = field(metadata={"help": "jsonl, looked at after training only"})
     from_scratch: bool = field(default=False, metadata={"help": "Random weights; only the configuration is read"})
     dropout: float | None = field(default=None, metadata={"help": "The model's dropout rate; by default its own"})
+    num_layers: int | None = field(default=None, metadata={"help": "Use only so many of its layers, from the bottom"})
     train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows; by default the rest"})
     validation_rows: int = field(default=500, metadata={"help": "Rows of the training file to validate on"})
     max_seq_length: int = field(default=96, metadata={"help": "Longer inputs are cut to so many tokens"})
@@ -55,13 +56,18 @@ class StudyArguments:
     removal: bool = field(default=False, metadata={"help": "Also test without some heads, neurons and layers"})
 
 
-def main(make_trainer: Callable[..., Any] = Trainer, tokenize: Callable[..., Any] | None = None) -> None:
+def main(
+    make_trainer: Callable[..., Any] = Trainer,
+    tokenize: Callable[..., Any] | None = None,
+    measure: Callable[[Any, Dataset], dict[str, float]] | None = None,
+) -> None:
     """Read the arguments, train, measure, save the metrics and the model.
 
     Args:
         make_trainer: a Trainer's class, or what makes one from the same arguments.
         tokenize: `(tokenizer, texts, max_length)` -> columns, in place of `tokenizer(*texts)`; `texts` is a list a
             column.
+        measure: from the Trainer and the test rows to more metrics.
     """
     study_args, args = HfArgumentParser((StudyArguments, TrainingArguments)).parse_args_into_dataclasses()  # pyright: ignore
     set_seed(args.seed)
@@ -92,6 +98,8 @@ def main(make_trainer: Callable[..., Any] = Trainer, tokenize: Callable[..., Any
             found |= trainer.evaluate(encode(disturb(test)).sort("length"), metric_key_prefix=f"test-{name}")
     if study_args.removal:
         found |= tested_without_parts(trainer, encode(test).sort("length"))
+    if measure is not None:
+        found |= measure(trainer, encode(test).sort("length"))
     trainer.save_metrics("all", found, combined=False)
     trainer.save_model()
 
@@ -113,7 +121,8 @@ def load_model(study_args: StudyArguments, num_labels: int) -> Any:
     """Pre-trained weights with a new head, or random weights, with the dropout rate asked for."""
     rate = study_args.dropout
     rates = {} if rate is None else {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
-    config = AutoConfig.from_pretrained(study_args.model_name_or_path, num_labels=num_labels, **rates)
+    depth = {} if study_args.num_layers is None else {"num_hidden_layers": study_args.num_layers}
+    config = AutoConfig.from_pretrained(study_args.model_name_or_path, num_labels=num_labels, **rates, **depth)
     if study_args.from_scratch:
         return AutoModelForSequenceClassification.from_config(config)
     return AutoModelForSequenceClassification.from_pretrained(study_args.model_name_or_path, config=config)

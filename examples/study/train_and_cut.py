@@ -1,0 +1,58 @@
+"""train_classifier.py, whose model is cut afterwards: tested with 6, 5, 4 and 3 layers, for instance.
+
+The layers that stay are chosen as `cmp-trainer shrink --data` chooses them, by the loss on the validation rows, and in
+a second test the top ones go. A model that is left without a layer computes what the written smaller model computes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from train_classifier import main
+
+from cmp_trainer.ablations.skip import SkipLayers
+from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.boundary import Boundary
+from cmp_trainer.execution.layers import Stack, find_stack
+from cmp_trainer.shrink import bottom_layers, choose_layers
+
+FEWEST = 3
+
+
+def tested_with_fewer_layers(trainer: Any, test: Any) -> dict[str, float]:
+    """Test loss and accuracy with every number of layers from FEWEST on, of the best layers and of the bottom ones."""
+
+    def validated(model: Any) -> dict[str, float]:
+        return {"loss": trainer.evaluate(metric_key_prefix="x")["x_loss"]}
+
+    model = trainer.model.eval()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    stack = find_stack(model, lambda: model(**batch))
+    chosen = {
+        "best": choose_layers(model, stack, FEWEST, validated),
+        "bottom": bottom_layers(len(stack.layers)),
+    }
+    whole = trainer.evaluate(test, metric_key_prefix="x")
+    found: dict[str, float] = {}
+    for name, layers_of in chosen.items():
+        for number in range(FEWEST, len(stack.layers) + 1):
+            if number == len(stack.layers):
+                measured = whole
+            else:
+                with only(stack, layers_of[number]):
+                    measured = trainer.evaluate(test, metric_key_prefix="x")
+            for key in ("loss", "accuracy"):
+                found[f"test-{name}-{number}_{key}"] = measured[f"x_{key}"]
+    return found
+
+
+@contextmanager
+def only(stack: Stack, kept: list[int]) -> Iterator[None]:
+    """In the body, the model runs without the other layers."""
+    gone = set(range(len(stack.layers))) - set(kept)
+    with Ablated([SkipLayers(gone)], [1], boundary=Boundary(stack)):
+        yield
+
+
+if __name__ == "__main__":
+    main(measure=tested_with_fewer_layers)
