@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
-from cmp_trainer.checks import check_launch
+from cmp_trainer.checks.settings import check_launch
 from cmp_trainer.data.tables import check_texts as check_texts  # also of this module, which scripts import
 from cmp_trainer.data.tables import load_file
 from cmp_trainer.data.tables import take_split as take_split

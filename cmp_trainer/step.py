@@ -18,16 +18,26 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cmp_trainer import checks
 from cmp_trainer.ablations.crop import CmpCrop, removed_tokens
 from cmp_trainer.ablations.plan import Variant, variants_of
 from cmp_trainer.ablations.protocol import Ablation
+from cmp_trainer.checks.first_batch import check_first_batch, writes_into_inputs
+from cmp_trainer.checks.layers import check_skips, warn_of_separate_layers
+from cmp_trainer.checks.settings import check_ablations, check_step
+from cmp_trainer.checks.training import (
+    check_crops_removed,
+    check_differed,
+    check_finite,
+    check_loss_is_visible,
+    check_sign_test,
+)
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.execution.boundary import Boundary, CannotShare
 from cmp_trainer.execution.compiled import is_compiled
 from cmp_trainer.execution.forwards import Forwards, LossFunction, own_containers, versions
 from cmp_trainer.execution.layers import find_stack
 from cmp_trainer.execution.low_memory import loss_in_backward
+from cmp_trainer.execution.modes import unchanged_buffers
 from cmp_trainer.execution.one_forward import devices_of, in_one_forward, inner_model, is_wrapper
 from cmp_trainer.execution.processes import agreed_batch, num_processes
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state, rng_restart
@@ -127,11 +137,11 @@ class ComparativeStep:
         bare = bare_model(model)
         bound: dict[Any, Ablation] = {}
         given = list(ablations)
-        checks.check_ablations(given)
+        check_ablations(given)
         for ablation in given:
             bound.setdefault(ablation, ablation.for_model(bare, processing_class, data_collator))
         self.kinds, self.variants = variants_of([bound[ablation] for ablation in given])
-        checks.check_step(self)
+        check_step(self)
         self.losses_log = LossLog([variant.name for variant in self.variants])
         self.settings_may_change = False  # whether callbacks may change dropout rates later on
         self.dropped_nothing = False  # whether no dropout rate was positive on the first batch
@@ -238,10 +248,10 @@ class ComparativeStep:
             ValueError: crops never removed anything.
         """
         self._check_deviation()
-        checks.check_crops_removed(self._removed)
+        check_crops_removed(self._removed)
         if self.dropped_nothing:
             self.losses_log.pop()
-            checks.check_differed(self.dropped_nothing, self.losses_log.differed)
+            check_differed(self.dropped_nothing, self.losses_log.differed)
 
     # --- a step ---
 
@@ -259,7 +269,7 @@ class ComparativeStep:
             except CannotShare as error:
                 if num_processes() > 1:  # which do equally many forwards
                     raise CannotShare(f"{error} That is new in this batch; use one process.") from error
-                checks.warn_of_separate_layers(error)
+                warn_of_separate_layers(error)
                 self._shares_lower = False
                 end = self._run(forwards, batches, devices)
         self._batches_seen += 1
@@ -401,14 +411,14 @@ class ComparativeStep:
         self._plans[True] = plan
         self._positions_each = forward.positions / max(1, numbers(batch)) or 1.0
         if forwards.is_compiled:
-            checks.check_loss_is_visible(lambda: read_shares(forwards.run(batch, levels), plan, batch))
+            check_loss_is_visible(lambda: read_shares(forwards.run(batch, levels), plan, batch))
         return forward, read_shares(forward, plan, batch)
 
     def _find_plan(self, forwards: Forwards, forward: Forward, batch: Any) -> Plan | None:
         """A plan made on this batch; None where none of it has a label."""
         if _is_unlabelled(batch):
             return None
-        checks.check_finite(forward.loss)
+        check_finite(forward.loss)
         levels = self.variants[0].levels
         with preserve_rng_state(self.devices(batch)):
             try:
@@ -470,7 +480,7 @@ class ComparativeStep:
     def _check_deviation(self) -> None:
         if self._deviation is not None:
             found, self._deviation = float(self._deviation), None
-            checks.check_sign_test(found)
+            check_sign_test(found)
 
     # --- what a step starts from ---
 
@@ -486,11 +496,11 @@ class ComparativeStep:
             return
         full = self.variants[0]
         devices = self.devices(batch)
-        with preserve_rng_state(devices), inner_model(self.model) as model, checks.unchanged_buffers(model):
+        with preserve_rng_state(devices), inner_model(self.model) as model, unchanged_buffers(model):
             batch = own_containers(self._batches(batch, [full])[full.levels], copy_tensors=True)
             forwards = self._forwards(model, loss_fn, None)
             stack = find_stack(model, lambda: forwards.run(batch, full.levels, only=set()), self.ablated_layers)
-            checks.check_skips(self, model, stack)
+            check_skips(self, model, stack)
         self._boundary = Boundary(stack, self.ablated_layers)
 
     def _forwards(self, model: nn.Module, loss_fn: LossFunction, start: RandomState | None) -> Forwards:
@@ -533,9 +543,9 @@ class ComparativeStep:
         batches = agreed_batch(batches, not _is_unlabelled(full), device)
         if batches is None:
             return
-        self._copies = forwards.copies = checks.writes_into_inputs(forwards, batches[self.variants[0].levels], self)
+        self._copies = forwards.copies = writes_into_inputs(forwards, batches[self.variants[0].levels], self)
         with preserve_rng_state(forwards.start.devices if forwards.start is not None else ()):
-            found = checks.check_first_batch(self, forwards, batches)
+            found = check_first_batch(self, forwards, batches)
         if found:
             self._checked = True
             logger.info("comparative loss: %s", self._description(forwards.loss_fn))

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
-from cmp_trainer import checks
 from cmp_trainer.ablations.crop import SEGMENTS, CmpCrop
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.arguments import CmpTrainingArguments
 from cmp_trainer.chain import ChainLoss, accepted_columns, shadowed, without_segments
+from cmp_trainer.checks.settings import check_croppable_examples, check_trainer
+from cmp_trainer.checks.training import check_reached
 from cmp_trainer.losses.comparative import Objective
 from cmp_trainer.losses.examples import PerExampleLoss, losses_of_examples
 from cmp_trainer.losses.reductions import example_mean
@@ -69,7 +70,7 @@ class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
         if self.num_ablations:
             show_variants_in_progress_bar(self)
         if self.num_ablations or (self.compute_loss_func and per_example_loss_func):
-            checks.check_trainer(self)
+            check_trainer(self)
 
     # --- what is compared ---
 
@@ -101,7 +102,7 @@ class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
         if self._step is None or made_of != self._made_of:
             if hasattr(self.args, "check_cmp_arguments"):
                 self.args.check_cmp_arguments()  # a hyperparameter search changes them
-            checks.check_trainer(self)
+            check_trainer(self)
             self._step = ComparativeStep(
                 model,
                 self.ablations,
@@ -123,7 +124,7 @@ class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
         if not self.num_ablations and self.hp_search_backend is None:
             logger.warning("comparative loss is off (--cmp_num_ablations 0): training as the plain Trainer does.")
         self._step = None
-        checks.check_croppable_examples(self)
+        check_croppable_examples(self)
         with says_what_is_saved(self), shadowed(self, training_step=self._outermost_training_step):
             output = super().train(*args, **kwargs)
         if self.num_ablations and self._step is not None:
@@ -152,7 +153,7 @@ class CmpTrainer(EvaluatesVariants, RecordsCheckpoints, ReportsPushes):
                 loss = training_step(*args, **kwargs)
         finally:
             self._is_training_step = False
-        checks.check_reached(self, self._reached)
+        check_reached(self, self._reached)
         return loss
 
     def compute_loss(

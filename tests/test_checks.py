@@ -207,7 +207,7 @@ def test_data_parallel_is_refused_with_the_way_out(tmp_path):
 
         n_gpu = 2
 
-    from cmp_trainer.checks import check_trainer
+    from cmp_trainer.checks.settings import check_trainer
 
     trainer = cmp_trainer(tmp_path, cmp_num_ablations=1)
     trainer.args.__class__ = type("TwoGpuArguments", (TwoGpus, type(trainer.args)), {})

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmp_trainer.ablations.drop import CmpDrop, any_rate
-from cmp_trainer.checks import _NotedRates, train_mode_except_batch_norm
+from cmp_trainer.checks.first_batch import NotedRates
 from cmp_trainer.execution.ablated import Ablated
+from cmp_trainer.execution.modes import train_mode_except_batch_norm
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from tests.helpers import batch_of, tiny_bert, token_data
 
@@ -138,7 +139,7 @@ def test_the_base_rate_holds_at_sites_whose_own_rate_is_zero():
 
 def test_sites_are_listed_with_their_own_rates():
     sites = []
-    with Ablated([_NotedRates(CmpDrop(), sites)], [0]):
+    with Ablated([NotedRates(CmpDrop(), sites)], [0]):
         F.dropout(ONES, 0.3)
         F.dropout(ONES, 0.4, training=False)
         attention(0.2)

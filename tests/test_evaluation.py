@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback
 
 from cmp_trainer import CmpSeq2SeqTrainer, CmpSeq2SeqTrainingArguments, CmpTrainer
-from cmp_trainer.checks import train_mode_except_batch_norm, unchanged_buffers
+from cmp_trainer.execution.modes import train_mode_except_batch_norm, unchanged_buffers
 from cmp_trainer.reports.ablated_evaluation import without_variants
 from tests.helpers import cmp_trainer, operations_counted, tiny_bert, token_data, training_arguments, waits
 

@@ -238,7 +238,7 @@ def test_a_part_compiled_as_a_whole_hides_its_layers_and_is_rejected():
 def test_a_training_with_accumulation_equals_separate_forwards(tmp_path, monkeypatch):
     settings = {"cmp_ablated_layers": 1, "gradient_accumulation_steps": 2, "cmp_dropout": 0.3}
     ours = recorded(tmp_path, **settings)
-    monkeypatch.setattr("cmp_trainer.checks._shares_lower", lambda *args: False)
+    monkeypatch.setattr("cmp_trainer.checks.first_batch.shares_lower", lambda *args: False)
     torch.testing.assert_close(ours, recorded(tmp_path, **settings), rtol=1e-4, atol=1e-7)
 
 

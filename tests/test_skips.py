@@ -16,8 +16,9 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from cmp_trainer import CmpCrop, CmpDrop, ComparativeStep, checks, plan
+from cmp_trainer import CmpCrop, CmpDrop, ComparativeStep, plan
 from cmp_trainer.ablations.skip import CmpSkip, SkipLayers
+from cmp_trainer.checks import layers
 from cmp_trainer.cut import cut
 from cmp_trainer.execution.layers import find_stack
 from tests.helpers import batch_of, cmp_trainer, gradients, tiny_bert, token_data
@@ -277,8 +278,8 @@ def test_layers_with_two_streams_of_states_are_refused():
 
 
 def test_random_skips_of_sharded_weights_are_refused(model, batch, monkeypatch):
-    monkeypatch.setattr(checks, "num_processes", lambda: 2)
-    monkeypatch.setattr(checks, "_is_sharded", lambda model: True)
+    monkeypatch.setattr(layers, "num_processes", lambda: 2)
+    monkeypatch.setattr(layers, "_is_sharded", lambda model: True)
     with pytest.raises(ValueError, match=r"skip the top ones \(--cmp_skip_order top\)"):
         ComparativeStep(model, skips(2))(batch)
 

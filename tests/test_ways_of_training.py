@@ -19,7 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from cmp_trainer import CmpDrop, CmpTrainer, checks
+from cmp_trainer import CmpDrop, CmpTrainer
+from cmp_trainer.checks import first_batch
 from cmp_trainer.execution.ablated import Ablated
 from cmp_trainer.losses.comparative import comparative_loss
 from tests.helpers import batch_of, cmp_trainer, free_port, gradients, same_weights, tiny_bert, token_data
@@ -564,7 +565,7 @@ def one_process(tmp_path_factory):
 def one_process_of_separate_forwards(tmp_path_factory):
     """The top layer ablated, with the lower one run for each variant."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "_shares_lower", lambda *args: False)
+        patch.setattr(first_batch, "shares_lower", lambda *args: False)
         return in_one_process(tmp_path_factory.mktemp("separate"), cmp_ablated_layers=1)
 
 
@@ -572,7 +573,7 @@ def one_process_of_separate_forwards(tmp_path_factory):
 def one_process_that_skips(tmp_path_factory):
     """The top layer skipped in the last variant, with nothing shared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "_shares_lower", lambda *args: False)
+        patch.setattr(first_batch, "shares_lower", lambda *args: False)
         return in_one_process(tmp_path_factory.mktemp("skips"), **distributed.SKIP)
 
 

@@ -27,7 +27,9 @@ from cmp_trainer.ablations.plan import variants_of
 from cmp_trainer.ablations.protocol import Ablation
 from cmp_trainer.ablations.skip import CmpSkip
 from cmp_trainer.chain import ChainLoss, shadowed, without_segments
-from cmp_trainer.checks import check_drops, check_trainer, train_mode_except_batch_norm
+from cmp_trainer.checks.first_batch import check_drops
+from cmp_trainer.checks.settings import check_trainer
+from cmp_trainer.execution.modes import train_mode_except_batch_norm
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.traces import no_traces
 from cmp_trainer.reports.curves import ablation_curve

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cmp_trainer import CmpTrainingArguments
-from cmp_trainer.checks import check_launch
+from cmp_trainer.checks.settings import check_launch
 
 TRAINING_SETTINGS = (
     "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",

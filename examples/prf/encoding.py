@@ -28,7 +28,7 @@ from reformulators import Reformulator
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from cmp_trainer.checks import check_launch
+from cmp_trainer.checks.settings import check_launch
 from cmp_trainer.saving.files import written_whole
 
 BLOCK_SIZE = 1_024
