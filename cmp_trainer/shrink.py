@@ -10,6 +10,7 @@ gives the lowest loss there; without data, or with `--order top`, the top ones a
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import statistics
 import tempfile
@@ -21,7 +22,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
@@ -36,11 +38,14 @@ from cmp_trainer.saved_model import SavedModel, check_packages
 from cmp_trainer.saving.files import written_whole
 from cmp_trainer.scripting import plain_errors
 
+logger = logging.getLogger(__name__)
+
 Evaluate = Callable[[Any], dict[str, float]]
 """From a model to its loss and metrics."""
 
 _ROUNDS = 5  # of timings
 _TIMED_ROWS = 256
+_KEPT = ("license", "license_name", "license_link", "language", "base_model", "datasets", "pipeline_tag")
 _NO_MEASURES = ("runtime", "_per_second", "model_preparation_time", "epoch")  # endings
 
 
@@ -222,7 +227,7 @@ def card(
         chosen += f" Loss and metrics below were measured on {rows}."
     return ModelCard(
         f"""---
-{ModelCardData(library_name="transformers", tags=["cmp-trainer", "fewer-layers"]).to_yaml()}
+{ModelCardData(**kept_from_card(saved.path), tags=["cmp-trainer", "fewer-layers"]).to_yaml()}
 ---
 
 # {name}, {len(kept)} of {len(stack.layers)} layers
@@ -233,6 +238,23 @@ removed (counted from 0). Nothing was trained afterwards. {chosen} It loads like
 {as_markdown(table)}
 """
     )
+
+
+def kept_from_card(path: str) -> dict[str, Any]:
+    """What the card of a saved model says that holds for a smaller one: license, languages, base model, data sets.
+
+    Args:
+        path: its folder, or its name on the Hub, which is then the base model.
+    """
+    is_folder = Path(path).is_dir()
+    try:
+        file = Path(path, "README.md") if is_folder else hf_hub_download(path, "README.md")
+        data = ModelCard.load(file).data.to_dict() if Path(file).is_file() else {}
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        logger.warning("the card of %s could not be read (%s): its license is not carried over", path, error)
+        data = {}
+    kept = {name: data[name] for name in _KEPT if name in data}
+    return {"library_name": "transformers", **kept, **({} if is_folder else {"base_model": path})}
 
 
 def as_markdown(table: pd.DataFrame) -> str:

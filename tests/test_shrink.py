@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -124,6 +126,18 @@ def test_with_data_the_layers_that_cost_least_go(bert, data, tmp_path, capsys):
     assert "each time the one whose removal gave the lowest loss on data.jsonl" in card
     assert f"{', '.join(map(str, sorted(gone)))} were" in card
     assert (tmp_path / "small" / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_keeps_license_and_base_model(bert, data, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(bert, whole)
+    (whole / "README.md").write_text(
+        "---\nlicense: mit\nbase_model: someone/model\nlanguage: [en, de]\ntags: [other]\n---\n# Whole\n"
+    )
+    shrink(whole, "--layers", 2, "--output", tmp_path / "small")
+    kept = ModelCard.load(tmp_path / "small" / "2_layers" / "README.md").data
+    assert (kept.license, kept.base_model, kept.language) == ("mit", "someone/model", ["en", "de"])
+    assert kept.tags == ["cmp-trainer", "fewer-layers"]
 
 
 def test_the_top_layers_can_go_and_be_measured(bert, data, tmp_path):
