@@ -8,8 +8,8 @@ runs the script as `cmp-trainer run` does, with one thing changed about every tr
 - `--control_epochs 3`: three times as many epochs or steps, which is the compute of two ablations;
 - `--control_r_drop 1`: R-Drop (https://arxiv.org/abs/2106.14448) with that weight, two forwards with dropout whose
   predictions are pulled together;
-- `--control_layer_drop 2`: LayerDrop (https://arxiv.org/abs/1909.11556) with the numbers of layers of two `CmpSkip`
-  variants, each step training only one variant drawn at random, the full model among them; no dropout.
+- `--control_layer_drop 2`: LayerDrop (https://arxiv.org/abs/1909.11556) with the draws of `CmpSkip`: each forward
+  is that of the full model or of one of two levels of skipped layers, drawn at random, without dropout.
 
 `cmp-trainer compare` starts every run through here. A control that could not take place ends in an error.
 """
@@ -29,14 +29,14 @@ from transformers import Trainer
 
 from cmp_trainer.ablations.skip import CmpSkip
 from cmp_trainer.chain import shadowed
+from cmp_trainer.checks.settings import attention_out_of_reach, eager_backend, raise_together
 from cmp_trainer.execution.ablated import Ablated
-from cmp_trainer.execution.boundary import Boundary
-from cmp_trainer.execution.layers import Stack, find_stack
-from cmp_trainer.execution.one_forward import devices_of
 from cmp_trainer.execution.processes import num_processes
-from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
+from cmp_trainer.execution.random_state import RandomState
+from cmp_trainer.execution.traces import no_traces
 from cmp_trainer.run import leave_process_group, run_script, wrapped_method
 from cmp_trainer.scripting import plain_errors
+from cmp_trainer.step import ComparativeStep
 
 OPTIONS = ("--control_no_dropout", "--control_epochs", "--control_r_drop", "--control_layer_drop")
 
@@ -49,7 +49,7 @@ class Controls:
         no_dropout: whether dropout is off.
         epochs: the factor of the number of epochs, of steps where they are given, and of warm-up steps.
         r_drop: the weight of R-Drop's divergence; None without R-Drop.
-        layer_drop: how many levels of skipped layers each step may draw beside the full model; 0 without LayerDrop.
+        layer_drop: how many levels of skipped layers are drawn from, beside the full model; 0 without LayerDrop.
     """
 
     no_dropout: bool = False
@@ -58,7 +58,7 @@ class Controls:
     layer_drop: int = 0
     steps: int = field(default=0, init=False)
     trainings: int = field(default=0, init=False)
-    _stack: Stack | None = field(default=None, init=False)
+    _steps: dict[Any, ComparativeStep] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
@@ -95,7 +95,6 @@ class Controls:
 
     def _train(self, train: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         self.trainings += 1
-        self._stack = None  # another training may be of another model
         self._check(trainer)
         names = ("num_train_epochs", "max_steps", "warmup_steps")
         before = {name: getattr(trainer.args, name) for name in names}
@@ -125,6 +124,10 @@ class Controls:
             )
         if self.layer_drop and num_processes() > 1:
             raise ValueError("--control_layer_drop leaves layers without gradients; train in one process")
+        if self.layer_drop and trainer.args.torch_compile:
+            raise ValueError("--control_layer_drop does not work with --torch_compile; leave one of them out")
+        if self.no_dropout or self.layer_drop:
+            raise_together([attention_out_of_reach(trainer.model), eager_backend(trainer)])
         made_by_trainer = getattr(trainer, "_created_lr_scheduler", False)  # in an earlier training
         if self.epochs != 1 and trainer.lr_scheduler is not None and not made_by_trainer:
             raise ValueError(
@@ -141,7 +144,7 @@ class Controls:
     def _training_step(self, step: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         compute_loss = trainer.compute_loss
         if self.layer_drop:
-            changed = functools.partial(self._with_layer_drop, compute_loss)
+            changed = functools.partial(self._with_layer_drop, trainer, compute_loss)
         elif self.no_dropout:
             changed = functools.partial(_without_dropout, compute_loss)
         elif self.r_drop is not None:
@@ -153,15 +156,25 @@ class Controls:
             return step(trainer, *args, **kwargs)
 
     def _with_layer_drop(
-        self, compute_loss: Callable[..., Any], model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        trainer: Any,
+        compute_loss: Callable[..., Any],
+        model: Any,
+        inputs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        devices = devices_of(model, [value for value in inputs.values() if isinstance(value, Tensor)])
-        if self._stack is None:
-            with preserve_rng_state(devices):
-                self._stack = find_stack(model, lambda: compute_loss(model, inputs, *args, **kwargs))
-            CmpSkip().count(self.layer_drop, len(self._stack.layers))  # raises where they are too few
+        if model not in self._steps:
+            self._steps[model] = ComparativeStep(model, [CmpSkip()] * self.layer_drop)
+        step = self._steps[model]
         level = int(torch.randint(self.layer_drop + 1, ()))
-        with Ablated([CmpSkip()], [level], RandomState.capture(devices), boundary=Boundary(self._stack)):
+
+        def loss_fn(model: Any, inputs: dict[str, Any]) -> Any:
+            return compute_loss(model, inputs, **{**kwargs, "return_outputs": False})
+
+        with no_traces(trainer):  # the first time it runs a forward, to find and check the layers
+            ablated = step.ablated(inputs, loss_fn, (level,), RandomState.capture(step.devices(inputs)))
+        with ablated:
             return compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -223,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--control_r_drop", type=float, help="R-Drop with this weight")
     parser.add_argument(
-        "--control_layer_drop", type=int, default=0, help="skip 0 to this many levels of layers, drawn for each step"
+        "--control_layer_drop", type=int, default=0, help="LayerDrop with so many levels of skipped layers"
     )
     return parser
 

@@ -27,6 +27,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
+from yaml import YAMLError
 
 from cmp_trainer.ablations.skip import SkipLayers
 from cmp_trainer.cut import cut
@@ -59,6 +60,7 @@ def run_shrink(options: argparse.Namespace) -> None:
     _check_options(options)
     transformers_logging.set_verbosity_error()
     saved = SavedModel.load(options.model, for_texts=options.data is not None)
+    metadata = kept_from_card(saved.path)
     model = saved.model.eval()
     with _evaluation(saved, options) as (evaluate, batches):
         stack = find_stack(model, lambda: model(**batches[0]))
@@ -77,7 +79,7 @@ def run_shrink(options: argparse.Namespace) -> None:
             one.save_pretrained(folder)
             if saved.processor is not None:
                 saved.processor.save_pretrained(folder)
-            card(one, saved, stack, layers_of[number], table, options).save(folder / "README.md")
+            card(one, saved, metadata, stack, layers_of[number], table, options).save(folder / "README.md")
     _report(table, options)
 
 
@@ -213,7 +215,13 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def card(
-    model: Any, saved: SavedModel, stack: Stack, kept: Sequence[int], table: pd.DataFrame, options: argparse.Namespace
+    model: Any,
+    saved: SavedModel,
+    metadata: Mapping[str, Any],
+    stack: Stack,
+    kept: Sequence[int],
+    table: pd.DataFrame,
+    options: argparse.Namespace,
 ) -> ModelCard:
     """The card of a smaller model: what it was cut from, which layers it has, what it costs and loses."""
     name = Path(saved.path).name
@@ -227,7 +235,7 @@ def card(
         chosen += f" Loss and metrics below were measured on {rows}."
     return ModelCard(
         f"""---
-{ModelCardData(**kept_from_card(saved.path), tags=["cmp-trainer", "fewer-layers"]).to_yaml()}
+{ModelCardData(**metadata, tags=["cmp-trainer", "fewer-layers"]).to_yaml()}
 ---
 
 # {name}, {len(kept)} of {len(stack.layers)} layers
@@ -249,8 +257,9 @@ def kept_from_card(path: str) -> dict[str, Any]:
     is_folder = Path(path).is_dir()
     try:
         file = Path(path, "README.md") if is_folder else hf_hub_download(path, "README.md")
-        data = ModelCard.load(file).data.to_dict() if Path(file).is_file() else {}
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        found = ModelCard.load(file, ignore_metadata_errors=True).data if Path(file).is_file() else None
+        data = {} if found is None else found.to_dict()
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError, YAMLError) as error:
         logger.warning("the card of %s could not be read (%s): its license is not carried over", path, error)
         data = {}
     kept = {name: data[name] for name in _KEPT if name in data}

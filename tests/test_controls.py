@@ -228,6 +228,32 @@ def test_a_control_beside_ablations_is_rejected(controls, tmp_path):
         trainer.train()
 
 
+def test_layer_drop_finds_its_layers_without_a_trace(tmp_path):
+    class Pops(Trainer):
+        counted = 0
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            self.counted += 1
+            return F.cross_entropy(model(**inputs).logits, labels)
+
+    trainer = trained(tmp_path, Controls(layer_drop=1), Pops, max_steps=3)
+    assert trainer.counted == 3
+
+
+def test_controls_without_dropout_reject_attention_that_they_do_not_reach(tmp_path):
+    model = tiny_bert(num_hidden_layers=4)
+    model.config._attn_implementation = "flash_attention_2"
+    for controls in (Controls(no_dropout=True), Controls(layer_drop=1)):
+        with pytest.raises(ValueError, match="uses attn_implementation='flash_attention_2'"):
+            trained(tmp_path, controls, model=model)
+
+
+def test_layer_drop_rejects_a_compiled_model(tmp_path):
+    with pytest.raises(ValueError, match="--control_layer_drop does not work with --torch_compile"):
+        trained(tmp_path, Controls(layer_drop=1), torch_compile=True)
+
+
 def test_layer_drop_of_more_layers_than_there_are_ends_at_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="2 of 2 layers cannot be skipped"):
         trained(tmp_path, Controls(layer_drop=2), max_steps=1)

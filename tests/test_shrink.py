@@ -140,6 +140,15 @@ def test_the_card_keeps_license_and_base_model(bert, data, tmp_path):
     assert kept.tags == ["cmp-trainer", "fewer-layers"]
 
 
+def test_a_card_that_cannot_be_read_does_not_stop_it(bert, data, tmp_path, caplog):
+    whole = tmp_path / "whole"
+    shutil.copytree(bert, whole)
+    (whole / "README.md").write_text("---\nlicense: a: b\n---\n# Whole\n")
+    shrink(whole, "--layers", 2, "--output", tmp_path / "small")
+    assert "its license is not carried over" in caplog.text
+    assert (tmp_path / "small" / "2_layers" / "README.md").is_file()
+
+
 def test_the_top_layers_can_go_and_be_measured(bert, data, tmp_path):
     shrink(bert, "--layers", 2, "--data", data, "--order", "top", "--output", tmp_path / "small")
     shrink(bert, "--layers", 2, "--output", tmp_path / "unmeasured")

@@ -1,4 +1,4 @@
-"""Checks of the layers that variants skip or share, on the first batch, when the stack is known."""
+"""Checks on the first batch, when the stack is known: can its layers be skipped, and can variants share them?"""
 
 from __future__ import annotations
 

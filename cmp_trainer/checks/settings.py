@@ -70,7 +70,8 @@ def _fused_loss(trainer: Any) -> str | None:
         )
 
 
-def _compiler_that_replays_calls(trainer: Any) -> str | None:
+def eager_backend(trainer: Any) -> str | None:
+    """Why dropout cannot be intercepted, where the Trainer compiles with a backend that runs calls twice."""
     if trainer.accelerator.state.dynamo_plugin.backend.value.lower() == "eager":
         return (
             "torch_compile_backend eager runs the captured dropout calls under CmpDrop a second time, which would "
@@ -126,7 +127,7 @@ def _parallelism(trainer: Any) -> str | None:
 
 
 def _attention_of_trainer(trainer: Any) -> str | None:
-    return _attention(trainer.model)
+    return attention_out_of_reach(trainer.model)
 
 
 def _dropout_switched_off(trainer: Any) -> str | None:
@@ -151,7 +152,7 @@ TRAINER_CHECKS: tuple[Callable[[Any], str | None], ...] = (
     _data_parallel,
     _two_loss_functions,
     _fused_loss,
-    _compiler_that_replays_calls,
+    eager_backend,
     _compiled_checkpointing,
     _low_memory_backwards,
     _evaluation_of_shards,
@@ -281,8 +282,12 @@ def _layers(step: Any) -> str | None:
         )
 
 
-def _attention(where: Any) -> str | None:
-    model = where if isinstance(where, nn.Module) else where.model
+def _attention(step: Any) -> str | None:
+    return attention_out_of_reach(step.model)
+
+
+def attention_out_of_reach(model: nn.Module) -> str | None:
+    """Why dropout cannot be intercepted, where a fused kernel applies that of attention."""
     for module in model.modules():
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if implementation not in _REACHABLE_ATTENTION:

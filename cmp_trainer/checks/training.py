@@ -1,4 +1,4 @@
-"""Checks during a training and at its end: that a comparison took place, and that its losses can be trusted."""
+"""Checks from the first loss to the end of a training: that a comparison takes place and its losses are right."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ BUILT_IN = {
         Method("comparative-4", "--cmp_num_ablations 4"),
         Method("baseline-first", "--cmp_num_ablations 2 --cmp_baseline first"),
         Method("top-layers", "--cmp_num_ablations 2 --cmp_ablated_layers 2"),
-        # as much compute as two skips: three times the steps, each of about seven tenths of the layers
-        Method("layer-drop", "--control_layer_drop 2 --control_epochs 3"),
+        # the compute of two random skips of six layers; what lies below the first skipped one is run once
+        Method("layer-drop", "--control_layer_drop 2 --control_epochs 2.2"),
     )
 }
 DEFAULT = ("plain", "no-dropout", "plain-3x", "comparative-2")

@@ -2,6 +2,7 @@
 
 The layers that stay are chosen as `cmp-trainer shrink --data` chooses them, by the loss on the validation rows, and in
 a second test the top ones go. A model that is left without a layer computes what the written smaller model computes.
+A model that had fewer layers from the start is tested as it is where more layers would be allowed.
 """
 
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ from cmp_trainer.execution.boundary import Boundary
 from cmp_trainer.execution.layers import Stack, find_stack
 from cmp_trainer.shrink import bottom_layers, choose_layers
 
-FEWEST = 3
+FEWEST, MOST = 3, 6
 
 
 def tested_with_fewer_layers(trainer: Any, test: Any) -> dict[str, float]:
-    """Test loss and accuracy with every number of layers from FEWEST on, of the best layers and of the bottom ones."""
+    """Test loss and accuracy with at most FEWEST to MOST layers, the best ones or the bottom ones."""
 
     def validated(model: Any) -> dict[str, float]:
         return {"loss": trainer.evaluate(metric_key_prefix="x")["x_loss"]}
@@ -35,8 +36,8 @@ def tested_with_fewer_layers(trainer: Any, test: Any) -> dict[str, float]:
     whole = trainer.evaluate(test, metric_key_prefix="x")
     found: dict[str, float] = {}
     for name, layers_of in chosen.items():
-        for number in range(FEWEST, len(stack.layers) + 1):
-            if number == len(stack.layers):
+        for number in range(FEWEST, MOST + 1):
+            if number >= len(stack.layers):
                 measured = whole
             else:
                 with only(stack, layers_of[number]):
