@@ -87,7 +87,7 @@ def test_methods_are_built_in_or_have_arguments():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["rdrop"], r"--method rdrop: not built in \(did you mean r-drop\?\); give its arguments"),
+        (["rdrop"], r"--method rdrop: not built in \(did you mean r-drop or layer-drop\?\); give its arguments"),
         (["plain", "plain="], "--method plain: given twice"),
         (["=--x 1"], r"--method \(empty\): a name is needed"),
     ],
