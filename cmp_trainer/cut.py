@@ -20,9 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
-from cmp_trainer.ablations.skip import SkipLayers
-from cmp_trainer.execution.ablated import Ablated
-from cmp_trainer.execution.boundary import Boundary
+from cmp_trainer.execution.ablated import without_layers
 from cmp_trainer.execution.layers import Stack
 
 _RELATIVE_TOLERANCE = 1e-5  # of the largest output
@@ -53,7 +51,7 @@ def cut(
     """
     num_layers = len(stack.layers)
     missing = set(range(num_layers)) - set(kept)
-    with torch.no_grad(), Ablated([SkipLayers(missing)], [1], boundary=Boundary(stack)):
+    with torch.no_grad(), without_layers(stack, missing):
         expected = _tensors(run(model))
     repeats_one_layer = len(set(stack.layers)) < num_layers  # that is run many times
     weights = model.state_dict() if repeats_one_layer else _renumbered(model.state_dict(), stack.name, kept)

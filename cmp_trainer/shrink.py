@@ -29,11 +29,9 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
-from cmp_trainer.ablations.skip import SkipLayers
 from cmp_trainer.cut import cut
 from cmp_trainer.errors import first_line
-from cmp_trainer.execution.ablated import Ablated
-from cmp_trainer.execution.boundary import Boundary
+from cmp_trainer.execution.ablated import without_layers
 from cmp_trainer.execution.layers import Stack, find_stack
 from cmp_trainer.saved_model import SavedModel, check_packages
 from cmp_trainer.saving.files import written_whole
@@ -101,8 +99,7 @@ def choose_layers(model: Any, stack: Stack, fewest: int, evaluate: Evaluate) -> 
         while len(stay) > fewest:
             losses: dict[int, float] = {}
             for candidate in stay[1:]:
-                skip = SkipLayers(every - {*stay} | {candidate})
-                with Ablated([skip], [1], boundary=Boundary(stack)):
+                with without_layers(stack, every - {*stay} | {candidate}):
                     losses[candidate] = evaluate(model)["loss"]
                 if not math.isfinite(losses[candidate]):
                     raise ValueError(

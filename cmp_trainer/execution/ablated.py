@@ -6,7 +6,7 @@ Training, evaluation, curves and the recomputation of gradient checkpointing all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 
 from cmp_trainer.ablations.drop import CmpDrop
 from cmp_trainer.ablations.protocol import Ablation, Handler
+from cmp_trainer.ablations.skip import SkipLayers
 from cmp_trainer.execution.boundary import Below, Boundary, Place, Walk, check_crossed
 from cmp_trainer.execution.intercept import Intercept
+from cmp_trainer.execution.layers import Stack
 from cmp_trainer.execution.random_state import RandomState, preserve_rng_state
 from cmp_trainer.execution.recompute import recompute_inside
 
@@ -126,3 +128,12 @@ class Ablated:
     @property
     def _devices(self) -> Iterable[torch.device]:
         return self.start.devices if self.start is not None else ()
+
+
+def without_layers(stack: Stack, layers: Collection[int]) -> Ablated:
+    """Context in which a model runs without some layers of its stack, and without dropout.
+
+    Args:
+        layers: their numbers, from 0 on.
+    """
+    return Ablated([SkipLayers(layers)], [1], boundary=Boundary(stack))

@@ -16,6 +16,7 @@ _SMALL_BUFFER = 2**16  # elements, up to which copying a buffer takes less time 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """In the body, every module is in eval mode; afterwards each has its own mode again."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

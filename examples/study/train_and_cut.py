@@ -5,16 +5,12 @@ a second test the top ones go. A model that is left without a layer computes wha
 A model that had fewer layers from the start is tested as it is where more layers would be allowed.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from train_classifier import main
 
-from cmp_trainer.ablations.skip import SkipLayers
-from cmp_trainer.execution.ablated import Ablated
-from cmp_trainer.execution.boundary import Boundary
-from cmp_trainer.execution.layers import Stack, find_stack
+from cmp_trainer.execution.ablated import without_layers
+from cmp_trainer.execution.layers import find_stack
 from cmp_trainer.shrink import bottom_layers, choose_layers
 
 FEWEST, MOST = 3, 6
@@ -40,19 +36,11 @@ def tested_with_fewer_layers(trainer: Any, test: Any) -> dict[str, float]:
             if number >= len(stack.layers):
                 measured = whole
             else:
-                with only(stack, layers_of[number]):
+                with without_layers(stack, {*range(len(stack.layers))} - {*layers_of[number]}):
                     measured = trainer.evaluate(test, metric_key_prefix="x")
             for key in ("loss", "accuracy"):
                 found[f"test-{name}-{number}_{key}"] = measured[f"x_{key}"]
     return found
-
-
-@contextmanager
-def only(stack: Stack, kept: list[int]) -> Iterator[None]:
-    """In the body, the model runs without the other layers."""
-    gone = set(range(len(stack.layers))) - set(kept)
-    with Ablated([SkipLayers(gone)], [1], boundary=Boundary(stack)):
-        yield
 
 
 if __name__ == "__main__":
